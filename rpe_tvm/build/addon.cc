@@ -1,0 +1,227 @@
+// Backend hooks that are linked into every compiled CPU library: parallel loops on OpenMP and a pool of workspace blocks.
+//
+// TVM's code generator calls these hooks through four function pointers, which it defines as weak null pointers and
+// leaves to libtvm_runtime to fill in. The strong definitions at the end of this file take their place, so that a
+// library needs nothing but libtvm_ffi (and the OpenMP runtime) to load and run.
+//
+// They are hidden: TVM's loader overwrites the pointers of every library that exports them as soon as libtvm_runtime is
+// in the process (`import tvm`), and the library would silently move from OpenMP to TVM's own thread pool.
+
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+
+// Part of the C interface of libtvm_ffi. Weak, because a host without it (a plain C program that stubs the one function
+// that kernels call) must be able to load a library too.
+extern "C" {
+__attribute__((weak)) void TVMFFIErrorMoveFromRaised(void** result);
+__attribute__((weak)) void TVMFFIErrorSetRaised(void* error);
+__attribute__((weak)) void TVMFFIErrorSetRaisedFromCStr(const char* kind, const char* message);
+__attribute__((weak)) int TVMFFIObjectDecRef(void* object);
+}
+
+namespace {
+
+// Both types have the layout that TVM's code generator expects.
+struct ParallelGroup {
+  void* sync_handle;
+  std::int32_t num_task;
+};
+using ParallelTask = int (*)(int task_id, ParallelGroup* group, void* data);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parallel loops
+
+int RunTask(ParallelTask task, int task_id, int num_task, void* data) noexcept {
+  ParallelGroup group{nullptr, num_task};
+  try {
+    return task(task_id, &group, data);
+  } catch (...) {  // must not leave an OpenMP region
+    return -1;
+  }
+}
+
+// An error is raised in storage of the thread that meets it, and the caller looks into its own. This takes the error of
+// the calling thread along, to be raised again by Raise() in the thread that launched the loop.
+void* TakeError() {
+  void* error = nullptr;
+  if (TVMFFIErrorMoveFromRaised != nullptr) TVMFFIErrorMoveFromRaised(&error);
+  return error;
+}
+
+void DropError(void* error) {
+  if (error != nullptr && TVMFFIObjectDecRef != nullptr) TVMFFIObjectDecRef(error);
+}
+
+void Raise(void* error) {
+  if (error != nullptr && TVMFFIErrorSetRaised != nullptr) {
+    TVMFFIErrorSetRaised(error);  // takes a reference of its own
+    DropError(error);
+  } else if (TVMFFIErrorSetRaisedFromCStr != nullptr) {
+    TVMFFIErrorSetRaisedFromCStr("RuntimeError", "A task of a parallel loop failed without a message.");
+  }
+}
+
+// Runs `task` once for each task_id in [0, number of tasks) and returns 0, or the status of a task that failed.
+// num_task == 0 leaves the number to us: OpenMP's, which torch.set_num_threads sets too. OpenMP may grant fewer threads
+// than asked for, and a task works out its share from the number of tasks, so it is told what was granted. A loop inside
+// a loop runs as one task.
+int ParallelLaunch(ParallelTask task, void* data, int num_task) {
+  const int wanted = num_task > 0 ? num_task : omp_get_max_threads();
+  if (wanted <= 1 || omp_in_parallel()) return RunTask(task, 0, 1, data);
+  std::atomic<int> status{0};
+  std::atomic<void*> error{nullptr};
+#pragma omp parallel num_threads(wanted)
+  {
+    const int result = RunTask(task, omp_get_thread_num(), omp_get_num_threads(), data);
+    if (result != 0) {
+      status.store(result);
+      void* mine = TakeError();
+      void* none = nullptr;
+      if (mine != nullptr && !error.compare_exchange_strong(none, mine)) DropError(mine);  // the first one is reported
+    }
+  }
+  if (status.load() != 0) Raise(error.load());
+  return status.load();
+}
+
+int ParallelBarrier(int, ParallelGroup* group) {
+  if (group->num_task > 1) {
+#pragma omp barrier
+  }
+  return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Workspace
+//
+// The C library gives big blocks back to the kernel when they are freed, and a fresh one costs a page fault for every
+// page at its first use: 15 to 25 % of the time of a call, measured. So each thread keeps the blocks that it has freed
+// and hands them out again for the same size. What a thread keeps is bounded by the number of slots and by bytes; the
+// block that was not used for the longest time goes first, and all of them go when the thread ends.
+
+constexpr std::size_t kCacheLine = 64;  // what the code generator promises itself
+constexpr std::size_t kPage = std::size_t{4} << 10;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kHugeFrom = std::size_t{256} << 10;  // from this size on, a block gets huge pages
+constexpr std::size_t kKeptBytes = std::size_t{128} << 20;  // a thread keeps at most this much
+constexpr int kSlots = 16;  // a kernel uses 4 to 12 blocks at a time
+
+std::size_t RoundUp(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// Whole pages, and whole huge pages for big blocks: the kernel backs only complete ones.
+std::size_t BlockSize(std::uint64_t bytes) {
+  return bytes < kHugeFrom ? RoundUp(bytes != 0 ? bytes : 1, kPage) : RoundUp(bytes, kHugePage);
+}
+
+void* NewBlock(std::size_t size) {
+  const bool huge = size >= kHugeFrom;
+  void* data = nullptr;
+  if (posix_memalign(&data, huge ? kHugePage : kCacheLine, size) != 0) return nullptr;
+  if (huge) madvise(data, size, MADV_HUGEPAGE);  // a wish: without huge pages the block works as well
+  return data;
+}
+
+class Workspace {
+ public:
+  ~Workspace() {
+    for (Slot& slot : slots_) {
+      if (!slot.in_use) std::free(slot.data);
+    }
+  }
+
+  void* Allocate(std::size_t size) {
+    for (Slot& slot : slots_) {
+      if (slot.data != nullptr && !slot.in_use && slot.size == size) {
+        slot.in_use = true;
+        kept_ -= size;
+        return slot.data;
+      }
+    }
+    void* data = NewBlock(size);
+    if (data == nullptr) {  // out of memory: what is kept may be what is missing
+      while (DropOldest()) {
+      }
+      data = NewBlock(size);
+    }
+    if (data == nullptr) return nullptr;
+    Slot* slot = EmptySlot();
+    if (slot == nullptr && DropOldest()) slot = EmptySlot();
+    // With every slot in use, the block is simply not kept later.
+    if (slot != nullptr) *slot = Slot{data, size, 0, true};
+    return data;
+  }
+
+  void Free(void* data) {
+    for (Slot& slot : slots_) {
+      if (slot.data == data) {
+        slot.in_use = false;
+        slot.freed_at = ++clock_;
+        kept_ += slot.size;
+        while (kept_ > kKeptBytes) DropOldest();
+        return;
+      }
+    }
+    std::free(data);
+  }
+
+ private:
+  struct Slot {
+    void* data = nullptr;
+    std::size_t size = 0;
+    std::uint64_t freed_at = 0;
+    bool in_use = false;
+  };
+
+  Slot* EmptySlot() {
+    for (Slot& slot : slots_) {
+      if (slot.data == nullptr) return &slot;
+    }
+    return nullptr;
+  }
+
+  bool DropOldest() {
+    Slot* oldest = nullptr;
+    for (Slot& slot : slots_) {
+      if (slot.data == nullptr || slot.in_use) continue;
+      if (oldest == nullptr || slot.freed_at < oldest->freed_at) oldest = &slot;
+    }
+    if (oldest == nullptr) return false;
+    std::free(oldest->data);
+    kept_ -= oldest->size;
+    *oldest = Slot{};
+    return true;
+  }
+
+  Slot slots_[kSlots];
+  std::size_t kept_ = 0;     // bytes of the blocks that are not in use
+  std::uint64_t clock_ = 0;  // counts calls of Free
+};
+
+thread_local Workspace workspace;
+
+// A kernel frees a block in the thread that allocated it.
+void* AllocWorkspace(int, int, std::uint64_t bytes, int, int) { return workspace.Allocate(BlockSize(bytes)); }
+
+int FreeWorkspace(int, int, void* data) {
+  if (data != nullptr) workspace.Free(data);
+  return 0;
+}
+
+}  // namespace
+
+#define RPE_TVM_HOOK extern "C" __attribute__((visibility("hidden")))
+
+RPE_TVM_HOOK int (*__TVMBackendParallelLaunch)(ParallelTask, void*, int);
+RPE_TVM_HOOK int (*__TVMBackendParallelBarrier)(int, ParallelGroup*);
+RPE_TVM_HOOK void* (*__TVMBackendAllocWorkspace)(int, int, std::uint64_t, int, int);
+RPE_TVM_HOOK int (*__TVMBackendFreeWorkspace)(int, int, void*);
+
+int (*__TVMBackendParallelLaunch)(ParallelTask, void*, int) = ParallelLaunch;
+int (*__TVMBackendParallelBarrier)(int, ParallelGroup*) = ParallelBarrier;
+void* (*__TVMBackendAllocWorkspace)(int, int, std::uint64_t, int, int) = AllocWorkspace;
+int (*__TVMBackendFreeWorkspace)(int, int, void*) = FreeWorkspace;

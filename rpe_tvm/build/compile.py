@@ -1,0 +1,180 @@
+"""Compiles operators: into the cache, into a directory to ship, or for this process only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpe_tvm.build import cache, link, manifest
+from rpe_tvm.errors import BuildError
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.targets import TargetSpec, to_tvm
+
+if TYPE_CHECKING:
+    import tvm
+
+    from rpe_tvm.build.lower import Lowered
+
+_DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
+
+
+def compile_attention(config: AttentionConfig, target: TargetSpec) -> Path:
+    """Compile the attention operator, or take it from the cache.
+
+    Parameters
+    ----------
+    config
+        What to compile.
+    target
+        The CPU to compile for.
+
+    Returns
+    -------
+    Path
+        The directory of the artefact in the cache, for `rpe_tvm.runtime.load`.
+
+    Raises
+    ------
+    CompilerNotFoundError
+        If it is not in the cache and there is no C++ compiler.
+    BuildError
+        If it does not compile, or the cache cannot be used.
+    """
+    lowered = _lower(config, target)
+    return compile_module(lowered.mod, config.name, config.to_json(), target, schedule=lowered.schedule)
+
+
+def export(config: AttentionConfig, target: TargetSpec, out_dir: str | os.PathLike[str]) -> Path:
+    """Compile the attention operator and copy it to ``<out_dir>/<config name>/<target id>``, which is
+    returned."""
+    return copy_artefact(compile_attention(config, target), Path(out_dir) / config.name / target.id)
+
+
+def in_memory(config: AttentionConfig, target: TargetSpec) -> dict[str, Callable[..., Any]]:
+    """Compile the attention operator for this process only: nothing is written, and no C++ compiler is
+    needed.
+
+    The functions run on the thread pool of TVM, whose number of threads is that of the variables
+    TVM_NUM_THREADS or OMP_NUM_THREADS, else of the CPUs that this process may use; it does not follow
+    ``torch.set_num_threads``. For `rpe_tvm.runtime.Instance.of`.
+    """
+    return load_module(_lower(config, target).mod, target)
+
+
+def compile_module(
+    mod: tvm.IRModule,
+    name: str,
+    config: Mapping[str, Any],
+    target: TargetSpec,
+    *,
+    op: str = "attention",
+    schedule: Mapping[str, Any] = _DEFAULT_SCHEDULE,
+) -> Path:
+    """Compile the functions of `mod` to a library in the cache and return its directory.
+
+    Parameters
+    ----------
+    mod
+        Scheduled PrimFuncs; their ``global_symbol`` are the names in the library.
+    name
+        Readable name of the artefact, part of its place.
+    config
+        JSON values for the manifest.
+    target
+        The CPU to compile for.
+    op
+        Name of the operator.
+    schedule
+        Where the schedule comes from, for the manifest.
+    """
+    tvm_target = to_tvm(target)
+    functions = _function_names(mod)
+    key = cache.key_of(
+        {
+            "tir": mod.script(show_meta=True),
+            "target": str(tvm_target),
+            "versions": manifest.versions(),
+            "link": link.fingerprint(),
+            "manifest": [manifest.FORMAT, op, name, config, schedule, list(target.features)],
+        }
+    )
+
+    def expected(directory: Path) -> dict[str, Any]:
+        return manifest.make(
+            op=op,
+            config=config,
+            target=target,
+            schedule=schedule,
+            functions=functions,
+            library=directory / manifest.LIBRARY,
+        )
+
+    def is_whole(directory: Path) -> bool:
+        return manifest.read(directory) == expected(directory)
+
+    def build(directory: Path) -> None:
+        link.find_compiler()  # before the compilation, which takes longer than to notice that there is none
+        with tempfile.TemporaryDirectory() as scratch:
+            code = Path(scratch) / "code.o"
+            _compile(mod, tvm_target, name).write_to_file(str(code))
+            link.link(code, directory / manifest.LIBRARY)
+        manifest.write(directory, expected(directory))
+
+    return cache.entry(Path("artefacts") / name / target.id / key, is_whole, build)
+
+
+def load_module(mod: tvm.IRModule, target: TargetSpec) -> dict[str, Callable[..., Any]]:
+    """Compile the functions of `mod` for this process only; see `in_memory`."""
+    # Read by TVM when it makes its thread pool, which otherwise takes half of the CPUs and pins the calling
+    # thread.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    compiled = _compile(mod, to_tvm(target), ", ".join(_function_names(mod)))
+    return {name: compiled[name] for name in _function_names(mod)}
+
+
+def copy_artefact(artefact: Path, destination: Path) -> Path:
+    """Copy an artefact to the directory `destination`, file by file under temporary names, the manifest last.
+
+    A library that a process has loaded from there stays as it is for that process.
+    """
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=destination, prefix=".copy-") as staging:
+            for file in (manifest.LIBRARY, manifest.FILE):
+                shutil.copyfile(artefact / file, Path(staging) / file)
+            for file in (manifest.LIBRARY, manifest.FILE):
+                os.replace(Path(staging) / file, destination / file)
+    except OSError as error:
+        raise BuildError(f"Could not write the compiled library to {destination}: {error}") from error
+    return destination
+
+
+def _lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
+    # Not at the top: it imports tvm, and the cache and the linker need none.
+    from rpe_tvm.build.lower import lower
+
+    return lower(config, target)
+
+
+def _function_names(mod: tvm.IRModule) -> list[str]:
+    return sorted(str(function.attrs["global_symbol"]) for function in mod.functions.values())
+
+
+def _compile(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> Any:
+    import tvm
+
+    try:
+        compiled = tvm.compile(mod, target).mod
+    except Exception as error:  # TVM raises whatever class its C++ code named
+        raise BuildError(f"TVM could not compile {name} for {target}: {error}") from error
+    if compiled.imports:
+        raise BuildError(
+            f"TVM compiled {name} for {target} to more than CPU code, which cannot be linked here."
+        )
+    return compiled

@@ -1,0 +1,103 @@
+"""Links compiled code with our backend hooks (addon.cc) into a shared library, with the machine's C++
+compiler."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from rpe_tvm.build import cache
+from rpe_tvm.errors import BuildError, CompilerNotFoundError
+
+ADDON = Path(__file__).with_name("addon.cc")
+ADDON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp")
+LINK_FLAGS = ("-shared", "-fPIC", "-fopenmp", "-Wl,--strip-debug")
+
+# What addon.cc defines. TVM's code may refer to more hooks; without a definition they are null pointers.
+_HOOKS = frozenset(
+    (
+        b"__TVMBackendParallelLaunch",
+        b"__TVMBackendParallelBarrier",
+        b"__TVMBackendAllocWorkspace",
+        b"__TVMBackendFreeWorkspace",
+    )
+)
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: the variable CXX if set, else g++, c++ or clang++ on PATH.
+
+    Raises
+    ------
+    CompilerNotFoundError
+        If there is none.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        if shutil.which(named[0]) is None:
+            raise CompilerNotFoundError(
+                f"No C++ compiler: the variable CXX names {named[0]!r}, which is not on PATH. Correct it."
+            )
+        return named
+    for name in ("g++", "c++", "clang++"):
+        found = shutil.which(name)
+        if found is not None:
+            return [found]
+    raise CompilerNotFoundError(
+        "No C++ compiler: exporting a library needs g++, c++ or clang++ on PATH, or one named by the "
+        "variable CXX. Install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda "
+        "install -c conda-forge gxx). Without one, rpe_tvm.build.in_memory compiles for use in this process."
+    )
+
+
+def fingerprint() -> dict[str, object]:
+    """What linking contributes to a library, for its cache key: the source of the hooks and all flags."""
+    return {
+        "addon": hashlib.sha256(ADDON.read_bytes()).hexdigest(),
+        "flags": [*ADDON_FLAGS, *LINK_FLAGS],
+    }
+
+
+def link(code: Path, library: Path) -> None:
+    """Link the object file `code`, which TVM wrote, and the hooks into the shared library `library`."""
+    unknown = set(re.findall(rb"__TVM\w+", code.read_bytes())) - _HOOKS
+    if unknown:
+        names = ", ".join(sorted(name.decode() for name in unknown))
+        raise BuildError(
+            f"Compiled code calls {names} of libtvm_runtime, which {ADDON.name} does not replace."
+        )
+    compiler = find_compiler()
+    _call([*compiler, *LINK_FLAGS, "-o", str(library), str(code), str(_addon_object(compiler))])
+
+
+def _addon_object(compiler: list[str]) -> Path:
+    """The compiled hooks; compiled once per cache and compiler."""
+    key = cache.key_of({"compiler": compiler, **fingerprint()})
+
+    def is_whole(directory: Path) -> bool:
+        recorded = (directory / "sha256").read_text(encoding="ascii")
+        return hashlib.sha256((directory / "addon.o").read_bytes()).hexdigest() == recorded
+
+    def build(directory: Path) -> None:
+        target = directory / "addon.o"
+        _call([*compiler, *ADDON_FLAGS, "-c", str(ADDON), "-o", str(target)])
+        (directory / "sha256").write_text(hashlib.sha256(target.read_bytes()).hexdigest(), encoding="ascii")
+
+    return cache.entry(Path("objects") / key, is_whole, build) / "addon.o"
+
+
+def _call(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise CompilerNotFoundError(f"Could not start the C++ compiler {command[0]!r}: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(
+            f"The C++ compiler failed with status {done.returncode}: {shlex.join(command)}\n"
+            f"{(done.stderr or done.stdout).strip()}"
+        )

@@ -1,0 +1,86 @@
+"""From a config to the scheduled functions of one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import te
+from tvm.s_tir import Schedule
+
+from rpe_tvm.build import records
+from rpe_tvm.build.parameters import relax_parameters
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.schedules import x86
+from rpe_tvm.targets import TargetSpec
+from rpe_tvm.te import shapes
+from rpe_tvm.te.direct_attention import direct_attention
+from rpe_tvm.te.features import FEATURE_MAPS, features
+from rpe_tvm.te.fft_attention import fft_attention
+from rpe_tvm.te.weights import direct_weights, fft_weights
+
+TUNING_HEADS = 4
+STRIDED = frozenset(("x", "value", "out"))
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Scheduled functions, and where their schedule comes from ("tuned" with its record, or "default")."""
+
+    mod: tvm.IRModule
+    schedule: Mapping[str, Any]
+
+
+def attention_function(config: AttentionConfig, sizes: shapes.Sizes) -> tvm.tirx.PrimFunc:
+    """Return the unscheduled attention function: the workload of tuning where `sizes` are fixed."""
+    operator = direct_attention if config.algorithm == "direct" else fft_attention
+    function = te.create_prim_func(operator(config, sizes))
+    return relax_parameters(function, STRIDED if sizes.is_symbolic else frozenset())
+
+
+def tuning_workload(config: AttentionConfig) -> tvm.tirx.PrimFunc:
+    """Return the attention function of constant sizes that MetaSchedule tunes: batch 1, four heads, a full bucket."""
+    return attention_function(config, shapes.fixed(config, 1, TUNING_HEADS))
+
+
+def lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
+    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, scheduled.
+
+    Batch, heads and lengths are read from the arguments of each call. The attention function follows the tuned record of
+    `config` for this target if one is shipped, else the default schedule.
+
+    Parameters
+    ----------
+    config : AttentionConfig
+        What to compute.
+    target : TargetSpec
+        For which CPU.
+    """
+    functions: dict[str, tvm.tirx.PrimFunc] = {}
+
+    def add(name: str, sch: Schedule) -> None:
+        functions[name] = sch.mod["main"].with_attr("global_symbol", name)
+
+    for feature_map in FEATURE_MAPS:
+        sizes = shapes.symbolic()
+        arguments = te.create_prim_func(features(config, sizes, feature_map))
+        sch = Schedule(relax_parameters(arguments, STRIDED))
+        x86.features(sch, config)
+        add(f"features_{feature_map}", sch)
+
+    is_direct = config.algorithm == "direct"
+    weights = (direct_weights if is_direct else fft_weights)(config, shapes.symbolic())
+    sch = Schedule(relax_parameters(te.create_prim_func(weights), frozenset()))
+    (x86.direct_weights if is_direct else x86.fft_weights)(sch, config)
+    add("weights", sch)
+
+    sch = Schedule(attention_function(config, shapes.symbolic()))
+    record = records.find(config, target.id, tuning_workload)
+    if record is None:
+        x86.attention(sch, config)
+    else:
+        record.replay(sch)
+    add("attention", sch)
+    return Lowered(tvm.IRModule(functions), {"source": "default"} if record is None else {"source": "tuned", **record.provenance})

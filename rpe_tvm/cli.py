@@ -1,0 +1,205 @@
+"""The command line: ``python -m rpe_tvm info | compile | bench | cache | tuning``, also installed as
+``rpe-tvm``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from rpe_tvm import __version__, bench
+from rpe_tvm.errors import RpeTvmError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 after a message on stderr, 2 for wrong usage."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except RpeTvmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rpe-tvm",
+        description="Attention with relative positional encoding in O(n log n), compiled and tuned with TVM.",
+    )
+    parser.add_argument("--version", action="version", version=f"rpe_tvm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="show versions, the target, the cache and the tuned records")
+    info.set_defaults(run=_info)
+
+    compiling = commands.add_parser("compile", help="compile operators into a directory to ship")
+    compiling.add_argument(
+        "--op", choices=["attention"], default="attention", help="operator (default: %(default)s)"
+    )
+    compiling.add_argument("--features", type=_positive, default=32, metavar="M", help="default: %(default)s")
+    compiling.add_argument("--head-dim", type=_positive, default=64, metavar="D", help="default: %(default)s")
+    compiling.add_argument(
+        "--lengths",
+        type=_lengths,
+        required=True,
+        metavar="N,N,...",
+        help="longest sequences to serve; each is rounded up to a length that transforms well",
+    )
+    compiling.add_argument(
+        "--target",
+        default="x86",
+        metavar="CPU",
+        help="x86 for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, ... "
+        "(default: %(default)s)",
+    )
+    compiling.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    compiling.set_defaults(run=_compile)
+
+    benchmark = commands.add_parser("bench", help="time the operator against its peers, on checked results")
+    bench.add_arguments(benchmark)
+    benchmark.set_defaults(run=_bench)
+
+    cache = commands.add_parser("cache", help="look into the cache of compiled libraries")
+    actions = cache.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for name, action, description in (
+        ("path", _cache_path, "print its directory"),
+        ("list", _cache_list, "list the libraries in it"),
+        ("clear", _cache_clear, "remove everything from it"),
+    ):
+        actions.add_parser(name, help=description, description=description).set_defaults(run=action)
+
+    tuning = commands.add_parser("tuning", help="work with the tuning records that come with the package")
+    actions = tuning.add_subparsers(title="actions", required=True, metavar="ACTION")
+    verify = actions.add_parser("verify", help="check that every record is found and replays")
+    verify.set_defaults(run=_tuning_verify)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part.strip()) for part in text.split(","))
+
+
+def _info(args: argparse.Namespace) -> int:
+    def show(name: str, value: str) -> None:
+        print(f"{name:<16}{value}")
+
+    show("rpe_tvm", __version__)
+    show("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("apache-tvm", "apache-tvm-ffi", "numpy", "torch"):
+        show(package, _version(package))
+    try:
+        from rpe_tvm import build, targets
+        from rpe_tvm.build import cache, link
+        from rpe_tvm.plan import wisdom
+    except RpeTvmError as error:
+        # Without TVM, or with a version that does not work, compiled libraries still run.
+        print(f"\nNothing can be compiled here: {error}")
+        return 0
+    assert build is not None
+    try:
+        show("compiler", shlex.join(link.find_compiler()))
+    except RpeTvmError as error:
+        show("compiler", f"none: {error}")
+    found = cache.entries()
+    show("cache", f"{cache.root()} ({len(found)} libraries, {_size(sum(entry.bytes for entry in found))})")
+    target = targets.detect()
+    show("target", f"{target.id}, {target.lanes} float32 lanes")
+    show("cpu features", " ".join(target.features))
+    records = wisdom.records(target.id)
+    show("tuned records", f"{len(records)} for {target.id}")
+    for record in records:
+        print(f"  {record}")
+    if not records:
+        print("  Default schedules are used. To tune for this CPU: python scripts/tune_x86.py")
+    return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from rpe_tvm import build, targets
+    from rpe_tvm.build import manifest
+    from rpe_tvm.plan import wisdom
+
+    target = targets.preset(args.target)
+    configs = [wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes) for n in args.lengths]
+    for config in sorted(set(configs), key=lambda each: each.length):
+        start = time.perf_counter()
+        path = build.export(config, target, args.out)
+        contents = manifest.read(path)
+        print(
+            f"{path / manifest.LIBRARY}  {_size(contents['library']['bytes'])}  {config.description}, "
+            f"{contents['schedule']['source']} schedule  {time.perf_counter() - start:.1f} s",
+            flush=True,
+        )
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    def describe(n: int) -> str:
+        from rpe_tvm import torch
+
+        return torch.describe(n, args.features, args.head_dim)
+
+    return bench.main(args, describe)
+
+
+def _cache_path(args: argparse.Namespace) -> int:
+    from rpe_tvm.build import cache
+
+    print(cache.root())
+    return 0
+
+
+def _cache_list(args: argparse.Namespace) -> int:
+    from rpe_tvm.build import cache
+
+    found = cache.entries()
+    for entry in found:
+        date = datetime.datetime.fromtimestamp(entry.modified).strftime("%Y-%m-%d %H:%M")
+        print(f"{entry.name:<28} {entry.target:<24} {_size(entry.bytes):>10}  {date}  {entry.path.name[:12]}")
+    print(f"{len(found)} libraries, {_size(sum(entry.bytes for entry in found))} in {cache.root()}")
+    return 0
+
+
+def _cache_clear(args: argparse.Namespace) -> int:
+    from rpe_tvm.build import cache
+
+    removed = cache.clear()
+    print(f"removed {removed} libraries from {cache.root()}")
+    return 0
+
+
+def _tuning_verify(args: argparse.Namespace) -> int:
+    from rpe_tvm.tune import verify
+
+    return verify.main()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,82 @@
+"""The frozen configuration of one compiled attention operator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+RADICES = (2, 3, 4, 5, 8)
+
+Algorithm = Literal["direct", "fft"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What one compiled attention operator computes, and by which algorithm.
+
+    Parameters
+    ----------
+    num_features : int
+        Features m of the feature map.
+    head_dim : int
+        Channels d of query, key and value of a head.
+    length : int
+        Bucket length P: the operator serves every n up to it.
+    algorithm : {"direct", "fft"}
+        `direct` multiplies tiles of the n x n weights, `fft` transforms every feature and channel pair.
+    outer, inner : tuple of int
+        Only for `fft`: radices of the two halves of the four-step split, P = prod(outer) * prod(inner).
+    tile : tuple of int
+        Only for `direct`: queries and keys of one tile.
+    lanes : int
+        Float32 lanes of one vector: 16 with AVX-512, 8 with AVX2; on some AVX-512 CPUs 8 is faster.
+    """
+
+    num_features: int
+    head_dim: int
+    length: int
+    algorithm: Algorithm
+    outer: tuple[int, ...] = ()
+    inner: tuple[int, ...] = ()
+    tile: tuple[int, int] = (0, 0)
+    lanes: int = 16
+
+    def __post_init__(self) -> None:
+        for field in ("num_features", "head_dim", "length", "lanes"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"Invalid {field}: expected a positive number, got {getattr(self, field)}.")
+        if self.algorithm == "fft":
+            if math.prod(self.outer) * math.prod(self.inner) != self.length or not self.outer or not self.inner:
+                raise ValueError(
+                    f"Invalid factorisation: expected radices whose product is {self.length}, "
+                    f"got outer {self.outer} and inner {self.inner}."
+                )
+            if not set(self.outer + self.inner) <= set(RADICES):
+                raise ValueError(f"Invalid radix: expected radices of {RADICES}, got {self.outer + self.inner}.")
+        elif self.algorithm == "direct":
+            if min(self.tile) < 1:
+                raise ValueError(f"Invalid tile: expected two positive numbers for direct, got {self.tile}.")
+        else:
+            raise ValueError(f"Invalid algorithm: expected 'direct' or 'fft', got {self.algorithm!r}.")
+
+    @property
+    def name(self) -> str:
+        """Readable name of the compiled operator, one per bucket."""
+        return f"attention-m{self.num_features}-d{self.head_dim}-n{self.length}"
+
+    @property
+    def description(self) -> str:
+        """One short word for tables: the algorithm with its factorisation or tile."""
+        if self.algorithm == "direct":
+            return f"direct {self.tile[0]}x{self.tile[1]}"
+        return f"fft {'.'.join(map(str, self.outer))}x{'.'.join(map(str, self.inner))}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> AttentionConfig:
+        """Return the config that `to_json` wrote."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})

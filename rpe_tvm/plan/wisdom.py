@@ -1,0 +1,137 @@
+"""Which algorithm and factorisation at which length: measured tables, and a rule where nothing was measured."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rpe_tvm.plan.buckets import bucket_length
+from rpe_tvm.plan.config import AttentionConfig
+
+LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
+
+# Sustained GFLOP/s of one thread, for the rule: direct runs near the peak of the multipliers, butterflies have
+# more additions and memory traffic (measured on znver4; their ratio is what counts).
+_DIRECT_RATE, _FFT_RATE = 95.0, 75.0
+
+
+@dataclass(frozen=True)
+class Wisdom:
+    """One measured choice.
+
+    Parameters
+    ----------
+    config : AttentionConfig
+        The fastest config at its length, features and head dimension.
+    ms : float
+        Its time with the tuned schedule, in the setting that the manifest beside the table names.
+    default_ms : float
+        Its time with the default schedule, in the same run.
+    """
+
+    config: AttentionConfig
+    ms: float
+    default_ms: float
+
+
+def directory(target_id: str) -> Path:
+    """Return where the tuning logs of a target are shipped."""
+    return LOGS / target_id / "attention"
+
+
+@functools.cache
+def records(target_id: str) -> tuple[Wisdom, ...]:
+    """Return the measured choices that are shipped for a target, empty if there are none."""
+    path = directory(target_id) / "wisdom.json"
+    if not path.exists():
+        return ()
+    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["entries"]
+    return tuple(Wisdom(AttentionConfig.from_json(e["config"]), e["ms"], e["default_ms"]) for e in entries)
+
+
+def greedy_radices(points: int) -> tuple[int, ...] | None:
+    """Factor into few radices of 8, 5, 4, 3 and 2, or return None if another prime is left."""
+    radices = []
+    for radix in (8, 5, 3, 4, 2):
+        while points % radix == 0:
+            radices.append(radix)
+            points //= radix
+    return tuple(radices) if points == 1 else None
+
+
+def factorisations(length: int, count: int = 4) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the most promising (outer, inner) radices: few stages, halves of like size."""
+    found = []
+    for n1 in range(2, length // 2 + 1):
+        if length % n1:
+            continue
+        outer, inner = greedy_radices(n1), greedy_radices(length // n1)
+        if outer is None or inner is None:
+            continue
+        stages = len(outer) + len(inner)
+        found.append((stages + 0.5 * abs(math.log2(n1 * n1 / length)), n1, outer, inner))
+    return [(outer, inner) for _, _, outer, inner in sorted(found)[:count]]
+
+
+def direct_config(num_features: int, head_dim: int, length: int, lanes: int) -> AttentionConfig:
+    """Return the default config of the direct algorithm."""
+    return AttentionConfig(num_features, head_dim, length, "direct", tile=(64, 128), lanes=lanes)
+
+
+def fft_lanes(target_id: str, lanes: int) -> int:
+    """Return the lanes of the fft algorithm: Zen 4 splits 512-bit instructions, half the working set is faster."""
+    return 8 if target_id.endswith("znver4") else lanes
+
+
+def fft_config(num_features: int, head_dim: int, length: int, lanes: int) -> AttentionConfig:
+    """Return the default config of the fft algorithm."""
+    outer, inner = factorisations(length, 1)[0]
+    # fewer lanes where more would be filled up with zeros
+    while lanes > 4 and -(-head_dim // lanes) * lanes < -(-head_dim // (2 * lanes)) * 2 * lanes:
+        lanes //= 2
+    return AttentionConfig(num_features, head_dim, length, "fft", outer, inner, lanes=lanes)
+
+
+def rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> AttentionConfig:
+    """Return a config from operation counts alone."""
+    direct = 2 * length**2 * (num_features + head_dim) / _DIRECT_RATE
+    fft = 10 * length * math.log2(length) * num_features * head_dim / _FFT_RATE
+    if direct <= fft:
+        return direct_config(num_features, head_dim, length, lanes)
+    return fft_config(num_features, head_dim, length, fft_lanes(target_id, lanes))
+
+
+def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> AttentionConfig:
+    """Return the config for up to `n` positions.
+
+    A measured choice for the same bucket, features and head dimension is taken as it is. Where only other lengths were
+    measured with these features and head dimension, the algorithm of the nearest one is taken, else that of the rule.
+
+    Parameters
+    ----------
+    target_id : str
+        As `x86_64-znver4`.
+    n : int
+        The larger of the numbers of queries and keys.
+    num_features, head_dim : int
+        Features m and channels d.
+    lanes : int
+        Float32 lanes of the target's vectors.
+    """
+    length = bucket_length(n)
+    ruled = rule(target_id, length, num_features, head_dim, lanes)
+    measured = [
+        w.config for w in records(target_id) if (w.config.num_features, w.config.head_dim) == (num_features, head_dim)
+    ]
+    if not measured:
+        return ruled
+    nearest = min(measured, key=lambda config: abs(math.log(config.length / length)))
+    if nearest.length == length:
+        return nearest
+    if nearest.algorithm == "direct":
+        return replace(nearest, length=length)
+    return replace(fft_config(num_features, head_dim, length, nearest.lanes), lanes=nearest.lanes)

@@ -1,0 +1,29 @@
+"""What this machine's CPU can do, from /proc/cpuinfo."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_flags() -> frozenset[str]:
+    """The flags of this machine's CPU as /proc/cpuinfo lists them; empty where there is none (other than
+    Linux on x86)."""
+    try:
+        text = CPUINFO.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    return parse_flags(text)
+
+
+def parse_flags(text: str) -> frozenset[str]:
+    """The flags that every processor in `text`, the content of /proc/cpuinfo, has."""
+    processors = [
+        frozenset(value.split())
+        for name, _, value in (line.partition(":") for line in text.splitlines())
+        if name.strip() == "flags"
+    ]
+    return frozenset.intersection(*processors) if processors else frozenset()

@@ -1,0 +1,175 @@
+"""Loads compiled operators after checking that this machine can run them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm_ffi
+
+from rpe_tvm import __version__
+from rpe_tvm.errors import ArtefactError
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.runtime.cpu import cpu_flags
+from rpe_tvm.runtime.operator import FUNCTIONS, Attention, Instance
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class _Broken(Exception):
+    """The artefact is damaged or incomplete."""
+
+
+class _Unfit(Exception):
+    """The artefact is whole and cannot run here."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    config: AttentionConfig
+    library: Path
+    cpu_features: frozenset[str]
+
+
+def load(path: str | os.PathLike[str]) -> Attention:
+    """Load the compiled operators under `path`.
+
+    Every library is checked against its manifest (format, SHA-256) and against this process (version of
+    tvm-ffi and of rpe_tvm, CPU flags). Of several targets of one length, the one that uses most of this CPU
+    is taken.
+
+    Parameters
+    ----------
+    path
+        One artefact (a directory with ``manifest.json``), or a directory of artefacts,
+        ``<path>/<name>/<target>/manifest.json``.
+
+    Returns
+    -------
+    Attention
+        The operator, with all compiled lengths under `path`.
+
+    Raises
+    ------
+    ArtefactError
+        If nothing is there, something is damaged, or a length has no library that this machine can run;
+        `reasons` has one line for each refused candidate.
+    """
+    top = Path(path)
+    manifests = [found for depth in ("", "*/", "*/*/") for found in sorted(top.glob(depth + MANIFEST))]
+    if not manifests:
+        raise ArtefactError(
+            f"No compiled operator under {top}: expected {MANIFEST} there or in <name>/<target>/. Make one "
+            f"with: python -m rpe_tvm compile --op attention --features 32 --head-dim 64 --lengths 4096 "
+            f"--out {top}"
+        )
+    accepted: list[_Candidate] = []
+    broken: list[str] = []
+    unfit: dict[Path, list[str]] = {}
+    for manifest in manifests:
+        directory = manifest.parent
+        try:
+            accepted.append(_check(directory))
+        except _Broken as reason:
+            broken.append(f"{directory}: {reason}")
+        except _Unfit as reason:
+            unfit.setdefault(directory.parent, []).append(f"{directory}: {reason}")
+    # Libraries for other CPUs are no fault where one for this CPU stands beside them; damage always is.
+    served = {candidate.library.parent.parent for candidate in accepted}
+    refused = broken + [r for parent, reasons in unfit.items() if parent not in served for r in reasons]
+    if refused:
+        raise ArtefactError(
+            f"Refused to load compiled operators under {top}. Compile them again, on or for this machine "
+            f"(python -m rpe_tvm compile):",
+            refused,
+        )
+    best: dict[str, _Candidate] = {}
+    for candidate in accepted:
+        rival = best.setdefault(candidate.config.name, candidate)
+        if len(candidate.cpu_features) > len(rival.cpu_features):
+            best[candidate.config.name] = candidate
+    chosen = list(best.values())
+    kinds = sorted({(c.config.num_features, c.config.head_dim) for c in chosen})
+    if len(kinds) > 1:
+        raise ArtefactError(
+            f"Compiled operators of several kinds under {top}: expected one num_features m and head_dim d, "
+            f"got {', '.join(f'm={m} d={d}' for m, d in kinds)}. Keep each kind in a directory of its own."
+        )
+    return Attention([_open(candidate) for candidate in chosen])
+
+
+def _check(directory: Path) -> _Candidate:
+    try:
+        fields = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _Broken(f"cannot read {MANIFEST}: {error}") from error
+    if not isinstance(fields, dict) or "format" not in fields:
+        raise _Broken(f"{MANIFEST} is no manifest of rpe_tvm")
+    if fields["format"] != FORMAT:
+        raise _Unfit(f"format {fields['format']!r}, this rpe_tvm {__version__} reads format {FORMAT}")
+    if fields.get("op") != "attention":
+        raise _Unfit(f"operator {fields.get('op')!r}, this rpe_tvm {__version__} knows 'attention'")
+    try:
+        library = directory / Path(str(fields["library"]["file"])).name
+        sha256 = str(fields["library"]["sha256"])
+        versions = {str(name): str(version) for name, version in fields["versions"].items()}
+        target = str(fields["target"]["id"])
+        needed = frozenset(map(str, fields["target"]["cpu_features"]))
+        functions = set(fields["functions"])
+        config_fields = dict(fields["config"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _Broken(f"{MANIFEST} is incomplete: {error!r}") from error
+    _check_file(library, sha256)
+    missing = [name for name in FUNCTIONS if name not in functions]
+    if missing:
+        raise _Broken(f"the library has no function {', '.join(missing)}")
+    for package, installed in (("apache-tvm-ffi", tvm_ffi.__version__), ("rpe_tvm", __version__)):
+        built = versions.get(package, "unknown")
+        if _minor(built) != _minor(installed):
+            raise _Unfit(
+                f"built with {package} {built}, installed is {installed} (both must be {_minor(installed)}.*)"
+            )
+    have = cpu_flags()
+    if not needed <= have:
+        lacking = ", ".join(sorted(needed - have)) if have else "flags in /proc/cpuinfo, which cannot be read"
+        raise _Unfit(f"compiled for {target}, and this CPU lacks {lacking}")
+    try:
+        config = AttentionConfig.from_json(config_fields)
+    except (TypeError, ValueError) as error:
+        raise _Broken(f"{MANIFEST} has no usable config: {error}") from error
+    return _Candidate(config, library, needed)
+
+
+def _check_file(library: Path, sha256: str) -> None:
+    try:
+        content = library.read_bytes()
+    except OSError as error:
+        raise _Broken(f"cannot read {library.name}: {error}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise _Broken(
+            f"{library.name} was altered or truncated: expected SHA-256 {sha256[:12]}..., got {found[:12]}..."
+        )
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _open(candidate: _Candidate) -> Instance:
+    library = candidate.library.resolve()
+    try:
+        module = tvm_ffi.load_module(str(library))
+        functions = {name: module[name] for name in FUNCTIONS}
+    except (RuntimeError, OSError, AttributeError, KeyError) as error:
+        hint = ""
+        if "libgomp" in str(error):
+            hint = " Install the OpenMP runtime (Debian and Ubuntu: apt install libgomp1)."
+        raise ArtefactError(
+            f"Could not open the compiled operator {library.parent}:", [f"{error}{hint}"]
+        ) from error
+    return Instance.of(candidate.config, functions)

@@ -1,0 +1,200 @@
+"""Targets: which CPU a library is compiled for and what it needs there."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rpe_tvm.errors import BuildError
+
+if TYPE_CHECKING:
+    from tvm.target import Target
+
+# LLVM's name of a CPU feature -> its flag in /proc/cpuinfo, for the features whose instructions LLVM selects
+# by itself. Left out: the x86-64 baseline (every CPU has it), and features that only an explicit intrinsic or
+# the operating system uses (amx-*, pku, mwaitx, ...), which hypervisors often hide and which our kernels
+# never use.
+CPUINFO_FLAGS: dict[str, str] = {
+    "sse3": "pni",
+    "ssse3": "ssse3",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "sse4a": "sse4a",
+    "cx16": "cx16",
+    "sahf": "lahf_lm",
+    "popcnt": "popcnt",
+    "movbe": "movbe",
+    "lzcnt": "abm",
+    "bmi": "bmi1",
+    "bmi2": "bmi2",
+    "tbm": "tbm",
+    "prfchw": "3dnowprefetch",
+    "gfni": "gfni",
+    "avx": "avx",
+    "avx2": "avx2",
+    "f16c": "f16c",
+    "fma": "fma",
+    "fma4": "fma4",
+    "xop": "xop",
+    "avxvnni": "avx_vnni",
+    "avxvnniint8": "avx_vnni_int8",
+    "avxvnniint16": "avx_vnni_int16",
+    "avxifma": "avx_ifma",
+    "avxneconvert": "avx_ne_convert",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512cd": "avx512cd",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vnni": "avx512_vnni",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+}
+
+# AVX10 and APX: LLVM would use them, and /proc/cpuinfo has no settled names to check them by. Always switched
+# off.
+_UNCHECKABLE = frozenset(
+    ("avx10.1", "avx10.2", "ccmp", "cf", "egpr", "ndd", "nf", "ppx", "push2pop2", "zu"),
+)
+
+# By default LLVM gives up on removing repeated loads in functions as large as ours: butterflies of radix 8
+# then run at half the speed (measured).
+_LLVM_OPTIONS = ("-memdep-block-scan-limit:int=4000", "-earlycse-mssa-optimization-cap:int=4000")
+
+# What a CPU falls back to whose vector registers are narrower than its name promises (a hypervisor can hide
+# AVX-512).
+_AVX2_CPU = "haswell"
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A CPU to compile for.
+
+    Attributes
+    ----------
+    id
+        Name in artefacts and tuning logs, ``x86_64-<mcpu>``.
+    kind
+        TVM's target kind, ``llvm``.
+    mcpu
+        LLVM's name of the CPU.
+    lanes
+        float32 lanes of a vector register: 16 with AVX-512, 8 with AVX2.
+    features
+        Flags that /proc/cpuinfo of a machine must list for a compiled library to run there, sorted.
+    """
+
+    id: str
+    kind: str
+    mcpu: str
+    lanes: int
+    features: tuple[str, ...]
+
+
+def preset(name: str) -> TargetSpec:
+    """The target called `name`: ``x86`` for this machine's CPU, else a CPU name of LLVM's (``haswell``,
+    ``znver4``, ...).
+
+    Raises
+    ------
+    BuildError
+        For a name that LLVM does not know, and for a CPU without AVX2 and FMA.
+    """
+    if name == "x86":
+        return detect()
+    known = [str(cpu) for cpu in _llvm("target.llvm_get_cpu_archlist", _target(_AVX2_CPU))]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise BuildError(
+            f"Unknown target {name!r}: expected 'x86' (this machine's CPU) or an x86 CPU name of LLVM's, "
+            f"such as haswell, skylake-avx512 or znver4.{hint}"
+        )
+    return _spec(name, _needed_flags(name))
+
+
+@functools.lru_cache(maxsize=1)
+def detect() -> TargetSpec:
+    """The target of this machine's CPU.
+
+    A flag that the CPU's model has and this machine lacks (virtual machines hide some) is left out of
+    `features`, and `to_tvm` then forbids LLVM to use it.
+
+    Raises
+    ------
+    BuildError
+        If this machine is no x86-64 machine with AVX2 and FMA.
+    """
+    # Not at the top: rpe_tvm.runtime imports tvm_ffi, and looking at a TargetSpec needs neither.
+    from rpe_tvm.runtime.cpu import cpu_flags
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise BuildError(
+            f"Unsupported machine {platform.machine()!r}: this rpe_tvm compiles for x86-64 CPUs only."
+        )
+    have = cpu_flags()
+    mcpu = str(_llvm("tvm.codegen.llvm.GetHostCPUName"))
+    needed = _needed_flags(mcpu)
+    if _lanes(needed) != _lanes(needed & have):
+        mcpu = _AVX2_CPU
+        needed = _needed_flags(mcpu)
+    return _spec(mcpu, needed & have)
+
+
+def to_tvm(spec: TargetSpec) -> Target:
+    """The TVM target of `spec`. Imports tvm."""
+    allowed = set(spec.features)
+    forbidden = sorted(
+        feature
+        for feature in _llvm_features(spec.mcpu)
+        if feature in _UNCHECKABLE or (feature in CPUINFO_FLAGS and CPUINFO_FLAGS[feature] not in allowed)
+    )
+    return _target(spec.mcpu, tuple(f"-{feature}" for feature in forbidden))
+
+
+def _spec(mcpu: str, flags: frozenset[str]) -> TargetSpec:
+    lanes = _lanes(flags)
+    if lanes == 0:
+        raise BuildError(
+            f"Unsupported CPU {mcpu}: rpe_tvm needs AVX2 and FMA (2013 and later on most x86 CPUs)."
+        )
+    return TargetSpec(id=f"x86_64-{mcpu}", kind="llvm", mcpu=mcpu, lanes=lanes, features=tuple(sorted(flags)))
+
+
+def _lanes(flags: frozenset[str]) -> int:
+    if not {"avx2", "fma"} <= flags:
+        return 0
+    return 16 if "avx512f" in flags else 8
+
+
+def _needed_flags(mcpu: str) -> frozenset[str]:
+    return frozenset(CPUINFO_FLAGS[f] for f in _llvm_features(mcpu) if f in CPUINFO_FLAGS)
+
+
+def _llvm_features(mcpu: str) -> frozenset[str]:
+    return frozenset(str(feature) for feature in _llvm("target.llvm_get_cpu_features", _target(mcpu)))
+
+
+def _target(mcpu: str, mattr: tuple[str, ...] = ()) -> Target:
+    from tvm.target import Target
+
+    config: dict[str, Any] = {"kind": "llvm", "mcpu": mcpu, "cl-opt": list(_LLVM_OPTIONS)}
+    if mattr:
+        config["mattr"] = list(mattr)
+    return Target(config)
+
+
+def _llvm(function: str, *arguments: object) -> Any:
+    import tvm  # registers the functions
+    import tvm_ffi
+
+    assert tvm is not None
+    return tvm_ffi.get_global_func(function)(*arguments)

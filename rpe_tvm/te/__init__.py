@@ -1,0 +1,1 @@
+"""Tensor expressions of every operator: what is computed, in stages; how it is looped over is in `schedules/`."""

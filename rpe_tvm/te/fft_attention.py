@@ -1,0 +1,165 @@
+"""Kernelized attention with RPE by FFT: one function from features and value to the normalised output.
+
+For each feature m: out += phi_q[m] * (C (phi_k[m] * value)), where C = (C+ + D* C- D) / 2 is the Toeplitz matrix as a
+circulant and a skew-circulant part ("parity" 0 and 1) and D holds exp(-i pi j / P). Two value channels ride in one
+complex lane, because C is real. The factor 1/2 and the transforms' 1/P are in the spectrum.
+Source: Luo et al. 2021, Eq. 10 and Sec. 3.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tvm import te, tirx
+
+from rpe_tvm.plan import twiddles
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.twiddles import BLOCK
+from rpe_tvm.te import complex as cx
+from rpe_tvm.te import dft
+from rpe_tvm.te.complex import Complex, Expr
+from rpe_tvm.te.shapes import Sizes, at_position, feature_buffer
+from rpe_tvm.te.toeplitz import circulant_product, split_of
+
+
+def lane_groups(channels: int, lanes: int) -> int:
+    """Return how many complex vectors hold `channels` real channels; the last one is filled up with zeros."""
+    return -(-channels // (2 * lanes))
+
+
+def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of the fused operator, the output last.
+
+    Parameters
+    ----------
+    config : AttentionConfig
+        An `fft` config.
+    sizes : Sizes
+        Batch, heads and lengths, symbolic or constant.
+
+    Returns
+    -------
+    list of te.Tensor
+        phi_q and phi_k `[B, H, m, P / 64, 64]` (both zero past the length), value `[B, H, n_k, d]`,
+        spectrum `[H, 2, P, 2]`, tables (flat), out `[B, H, n_q, d]`.
+    """
+    m, d, length, lanes = config.num_features, config.head_dim, config.length, config.lanes
+    split = split_of(config)
+    where = twiddles.layout(config)
+    sizes = replace(sizes, blocks=cx.int64(length // BLOCK))
+    phi_q = feature_buffer(config, sizes, "phi_q")
+    phi_k = feature_buffer(config, sizes, "phi_k")
+    value = te.placeholder((sizes.batch, sizes.heads, sizes.n_key, cx.int64(d)), cx.FLOAT, "value")
+    spectrum = te.placeholder((sizes.heads, *map(cx.int64, (2, length, 2))), cx.FLOAT, "spectrum")
+    constants = te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables")
+    tables = dft.Tables(constants, where)
+
+    def turn(p: Expr, position: Expr, value: Complex) -> Complex:
+        """Return D value for parity 1."""
+        turned = cx.mul(value, tables.parity(position))
+        return tuple(tirx.Select(p == 0, value[k], turned[k]) for k in (0, 1))
+
+    def turn_back(position: Expr, values: list[Complex]) -> Complex:
+        """Return the sum of both parities, D* applied to the second."""
+        return cx.add(values[0], cx.mul_conj(values[1], tables.parity(position)))
+
+    def load_spectrum(h: Expr, p: Expr, k1: Expr, k2: Expr) -> Complex:
+        return cx.load(spectrum, h, p, k1 * split.n2 + k2)
+
+    def channel(group: Expr, c: Expr, lane: Expr) -> Expr:
+        return group * (2 * lanes) + c * lanes + lane
+
+    def guarded(valid: list[Expr], element: Expr) -> Expr:
+        return tirx.if_then_else(tirx.all(*valid), element, cx.real(0.0)) if valid else element
+
+    def packed(source: te.Tensor, name: str, groups: int, channels: int, feature_major: bool) -> te.Tensor:
+        def pack(b, h, g, p, n2, q, s, c, lane):
+            position = split.position(n2, q, s)
+
+            def element(part: int) -> Expr:
+                ch = channel(g, part, lane)
+                valid = [] if groups * 2 * lanes == channels else [ch < channels]
+                if feature_major:
+                    return guarded(valid, at_position(source, b, h, ch, position))
+                return guarded([*valid, position < sizes.n_key], source[b, h, position, ch])
+
+            return cx.part(c, turn(p, position, (element(0), element(1))))
+
+        return cx.compute(
+            (sizes.batch, sizes.heads, groups, 2, split.n2, split.q, split.s, 2, lanes), pack, name
+        )
+
+    # Denominator: the same product with the features of k as lanes, 1/d of the work.
+    feature_groups = lane_groups(m, lanes)
+    packed_key = packed(phi_k, "packed_key", feature_groups, m, feature_major=True)
+    weighted_key = circulant_product(
+        "key",
+        config,
+        (sizes.batch, sizes.heads, feature_groups, 2),
+        tables,
+        lambda at, n2, q, s, lane: tuple(packed_key[(*at, n2, q, s, p, lane)] for p in (0, 1)),
+        lambda at, k1, k2: load_spectrum(at[1], at[3], k1, k2),
+    )
+    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
+    part_axis = te.reduce_axis((cx.int64(0), cx.int64(2)), "part")
+
+    def partial_denominator(b, h, g, n2, q, s):
+        position = split.position(n2, q, s)
+        both = [[weighted_key[b, h, g, p, n2, 0, q, s, k, lane_axis] for k in (0, 1)] for p in (0, 1)]
+        weighted = cx.part(part_axis, turn_back(position, [(x[0], x[1]) for x in both]))
+        ch = channel(g, part_axis, lane_axis)
+        valid = [] if feature_groups * 2 * lanes == m else [ch < m]
+        return te.sum(guarded(valid, at_position(phi_q, b, h, ch, position)) * weighted, axis=[part_axis, lane_axis])
+
+    denominator = cx.compute(
+        (sizes.batch, sizes.heads, feature_groups, split.n2, split.q, split.s),
+        partial_denominator,
+        "denominator",
+    )
+
+    # Numerator: one product for each feature, summed over features where the output lies.
+    groups = lane_groups(d, lanes)
+    packed_value = packed(value, "packed_value", groups, d, feature_major=False)
+
+    def load_value(at: tuple[Expr, ...], n2: Expr, q: Expr, s: int, lane: Expr) -> Complex:
+        b, h, g, p, feature = at
+        weight = at_position(phi_k, b, h, feature, split.position(n2, q, s))
+        return cx.scale(cx.load_lanes(packed_value, (b, h, g, p, n2, q, s), lane), weight)
+
+    weighted_value = circulant_product(
+        "value",
+        config,
+        (sizes.batch, sizes.heads, groups, 2, m),
+        tables,
+        load_value,
+        lambda at, k1, k2: load_spectrum(at[1], at[3], k1, k2),
+    )
+    feature = te.reduce_axis((cx.int64(0), cx.int64(m)), "feature")
+    numerator = cx.compute(
+        (sizes.batch, sizes.heads, groups, 2, split.n2, split.q, split.s, 2, lanes),
+        lambda b, h, g, p, n2, q, s, c, lane: te.sum(
+            at_position(phi_q, b, h, feature, split.position(n2, q, s))
+            * weighted_value[b, h, g, p, feature, n2, 0, q, s, c, lane],
+            axis=feature,
+        ),
+        "numerator",
+    )
+
+    inverse_denominator = cx.compute(
+        (sizes.batch, sizes.heads, length),
+        lambda b, h, i: (
+            cx.real(1.0) / sum(denominator[(b, h, g, *split.packed(i))] for g in range(feature_groups))
+        ),
+        "inverse_denominator",
+    )
+
+    def normalised(b, h, i, ch):
+        # i < P always; the remainder tells the schedule so where n_q is symbolic
+        position = i % length
+        at = split.packed(position)
+        g, c, lane = ch // (2 * lanes), ch // lanes % 2, ch % lanes
+        both = [cx.load_lanes(numerator, (b, h, g, p, *at), lane) for p in (0, 1)]
+        return cx.part(c, turn_back(position, both)) * inverse_denominator[b, h, position]
+
+    out = cx.compute((sizes.batch, sizes.heads, sizes.n_query, d), normalised, "out")
+    return [phi_q, phi_k, value, spectrum, constants, out]

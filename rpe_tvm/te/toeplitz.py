@@ -1,0 +1,116 @@
+"""Toeplitz products by a four-step FFT: P points as N1 x N2, j = n1 * N2 + n2, transformed along both axes in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import te
+
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.te import complex as cx
+from rpe_tvm.te import dft
+from rpe_tvm.te.complex import Complex, Expr
+
+# (leading indices, n2, q, s, lane) -> element at position (s * Q + q) * N2 + n2
+LoadColumn = Callable[[tuple[Expr, ...], Expr, Expr, int, Expr], Complex]
+# (leading indices, k1, k2) -> spectrum at these digit-ordered positions
+LoadSpectrum = Callable[[tuple[Expr, ...], Expr, Expr], Complex]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sizes of the four-step split of `config.length`.
+
+    Parameters
+    ----------
+    n1, n2 : int
+        Points of a column (outer radices) and of a row (inner radices).
+    q, s : int
+        A column's first radix s, and n1 / s: a position is (s * Q + q) * N2 + n2, packed as `[n2, q, s]`.
+    """
+
+    n1: int
+    n2: int
+    q: int
+    s: int
+
+    def position(self, n2: Expr, q: Expr, s: Expr) -> Expr:
+        return (s * self.q + q) * self.n2 + n2
+
+    def packed(self, position: Expr) -> tuple[Expr, Expr, Expr]:
+        """Return (n2, q, s) of a position."""
+        n1 = position // self.n2
+        return position % self.n2, n1 % self.q, n1 // self.q
+
+
+def split_of(config: AttentionConfig) -> Split:
+    """Return the four-step split of an `fft` config."""
+    n1 = math.prod(config.outer)
+    return Split(n1=n1, n2=config.length // n1, q=n1 // config.outer[0], s=config.outer[0])
+
+
+def circulant_product(
+    name: str,
+    config: AttentionConfig,
+    lead: Sequence[Expr],
+    tables: dft.Tables,
+    load: LoadColumn,
+    spectrum: LoadSpectrum,
+) -> te.Tensor:
+    """Return the product of a circulant matrix with many vectors, unscaled.
+
+    Blocks are named `<name>_columns<k>`, `<name>_rows<k>`, `<name>_back_rows<k>`, `<name>_back_columns<k>`.
+
+    Returns
+    -------
+    te.Tensor
+        `lead + [N2, 1, Q, S, 2, lanes]`: element (n2, q, s) is position (s * Q + q) * N2 + n2.
+    """
+    split = split_of(config)
+    radix1, radix2 = config.outer[-1], config.inner[-1]
+
+    columns = dft.forward(
+        f"{name}_columns",
+        config.outer,
+        lead,
+        split.n2,
+        config.lanes,
+        tables,
+        load,
+        lambda where, n2, k1, value: cx.mul(value, tables.split(n2, k1, split.n1)),
+    )
+
+    def load_row(where: tuple[Expr, ...], k1: Expr, q: Expr, s: int, lane: Expr) -> Complex:
+        at = (*where, s * (split.n2 // config.inner[0]) + q, k1 // radix1, 0, k1 % radix1)
+        return columns[(*at, 0, lane)], columns[(*at, 1, lane)]
+
+    rows = dft.forward(
+        f"{name}_rows",
+        config.inner,
+        lead,
+        split.n1,
+        config.lanes,
+        tables,
+        load_row,
+        lambda where, k1, k2, value: cx.mul(value, spectrum(where, k1, k2)),
+    )
+
+    def load_back_row(where: tuple[Expr, ...], k1: Expr, k2: Expr, lane: Expr) -> Complex:
+        at = (*where, k1, k2 // radix2, 0, k2 % radix2)
+        return rows[(*at, 0, lane)], rows[(*at, 1, lane)]
+
+    back_rows = dft.inverse(
+        f"{name}_back_rows", config.inner, lead, split.n1, config.lanes, tables, load_back_row
+    )
+    rest = split.n2 // config.inner[0]
+
+    def load_back_column(where: tuple[Expr, ...], n2: Expr, k1: Expr, lane: Expr) -> Complex:
+        at = (*where, k1, 0, n2 % rest, n2 // rest)
+        value = back_rows[(*at, 0, lane)], back_rows[(*at, 1, lane)]
+        return cx.mul_conj(value, tables.split(n2, k1, split.n1))
+
+    return dft.inverse(
+        f"{name}_back_columns", config.outer, lead, split.n2, config.lanes, tables, load_back_column
+    )

@@ -1,0 +1,182 @@
+"""The operator ``torch.ops.rpe_tvm.kernelized_attention``: schema, CPU kernel, fake kernel, autograd rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpe_tvm.errors import DTypeError, ShapeError
+from rpe_tvm.runtime import run
+from rpe_tvm.torch.dispatch import get_operator
+from rpe_tvm.torch.projection import check_feature_map
+
+_FORWARD_ONLY = (
+    "Gradients of rpe_tvm::kernelized_attention are not available: this version of rpe_tvm computes the "
+    "forward pass only, training support is to come. Call it under torch.no_grad(), or on detached tensors."
+)
+
+torch.library.define(
+    "rpe_tvm::kernelized_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor rpe_bias, Tensor projection, str feature_map, "
+    "bool is_causal) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+torch.library.define(
+    "rpe_tvm::refuse_backward",
+    "(Tensor grad_output, Tensor input) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check_tensor(name: str, x: Tensor, dims: str) -> None:
+    if not x.is_cpu:
+        raise ValueError(
+            f"Invalid device of {name}: expected a CPU tensor, got one on {x.device}. rpe_tvm runs on x86 "
+            "CPUs so far: move it with .cpu()."
+        )
+    if x.dtype != torch.float32:
+        raise DTypeError(
+            f"Invalid dtype of {name}: expected torch.float32, got {x.dtype}. Convert it with .float()."
+        )
+    if x.dim() != dims.count(",") + 1:
+        raise ShapeError(f"Invalid shape of {name}: expected {dims}, got {list(x.shape)}.")
+
+
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, rpe_bias: Tensor, projection: Tensor, feature_map: str
+) -> None:
+    """Raise `ShapeError`, `DTypeError` or ``ValueError`` unless the arguments fit together.
+
+    Shapes: query ``[B, H, n_q, d]``, key and value ``[B, H, n_k, d]``, rpe_bias ``[H, n_q + n_k - 1]``,
+    projection ``[m, d]``.
+    """
+    check_feature_map(feature_map)
+    _check_tensor("query", query, "[B, H, n_q, d]")
+    _check_tensor("key", key, "[B, H, n_k, d]")
+    _check_tensor("value", value, "[B, H, n_k, d]")
+    _check_tensor("rpe_bias", rpe_bias, "[H, n_q + n_k - 1]")
+    _check_tensor("projection", projection, "[m, d]")
+    batch, heads, n_q, head_dim = query.shape
+    n_k = key.shape[2]
+    if head_dim == 0 or projection.shape[0] == 0:
+        raise ShapeError(
+            f"Invalid shape: expected head_dim and num_features of at least 1, got query {list(query.shape)} "
+            f"and projection {list(projection.shape)}."
+        )
+    if key.shape[0] != batch or key.shape[1] != heads or key.shape[3] != head_dim:
+        raise ShapeError(
+            f"Invalid shape of key: expected [{batch}, {heads}, n_k, {head_dim}] as query has, got "
+            f"{list(key.shape)}."
+        )
+    if value.shape != key.shape:
+        raise ShapeError(
+            f"Invalid shape of value: expected {list(key.shape)} as key has, got {list(value.shape)}."
+        )
+    if projection.shape[1] != head_dim:
+        raise ShapeError(
+            f"Invalid shape of projection: expected [m, {head_dim}] for this query, got "
+            f"{list(projection.shape)}."
+        )
+    offsets = max(n_q + n_k - 1, 0)
+    if rpe_bias.shape[0] != heads or rpe_bias.shape[1] != offsets:
+        raise ShapeError(
+            f"Invalid shape of rpe_bias: expected [H, n_q + n_k - 1] = [{heads}, {offsets}], got "
+            f"{list(rpe_bias.shape)}. Entry (j - i) + n_q - 1 of a row belongs to query i and key j."
+        )
+
+
+def _empty_output(query: Tensor) -> Tensor:
+    """An uninitialised output ``[B, H, n_q, d]`` whose axes lie in memory as those of query do.
+
+    A query that is ``[B, n, H, d]`` in memory gets such an output, so that a following
+    ``out.transpose(1, 2).reshape(B, n, H * d)`` copies nothing. The last axis is contiguous, as kernels ask.
+    """
+    strides = query.stride()
+    if strides[3] != 1 or query.is_contiguous():
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    # Not empty_like: its rule for axes of size 0 and 1 differs between real and fake tensors.
+    order = sorted(range(3), key=lambda axis: strides[axis], reverse=True)  # outermost axis first
+    out = query.new_empty([*(query.shape[axis] for axis in order), query.shape[3]])
+    return out.permute([*(order.index(axis) for axis in range(3)), 3])
+
+
+def _last_axis_contiguous(x: Tensor) -> Tensor:
+    # Not .contiguous(): on an axis of size 1 that would keep any stride.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _kernelized_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> Tensor:
+    check_inputs(query, key, value, rpe_bias, projection, feature_map)
+    out = _empty_output(query)
+    if out.numel() == 0 or key.shape[2] == 0:
+        return out.zero_()  # no keys: zeros, as scaled_dot_product_attention gives
+    instance = get_operator(max(query.shape[2], key.shape[2]), projection.shape[0], query.shape[3])
+    # The kernels' functions take torch tensors as they are.
+    run(
+        instance.functions,
+        instance.config,
+        instance.tables,
+        _last_axis_contiguous(query),
+        _last_axis_contiguous(key),
+        _last_axis_contiguous(value),
+        rpe_bias.contiguous(),
+        projection.contiguous(),
+        out,
+        feature_map=feature_map,
+        is_causal=is_causal,
+    )
+    return out
+
+
+def _kernelized_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> Tensor:
+    check_inputs(query, key, value, rpe_bias, projection, feature_map)
+    return _empty_output(query)
+
+
+# The refusal is an operator, and no plain `raise` in `_backward`, because torch.compile traces the backward
+# pass with the forward pass: a compiled forward call has to work on a module whose parameters need gradients.
+def _refuse_backward(grad_output: Tensor, input: Tensor) -> Tensor:
+    raise RuntimeError(_FORWARD_ONLY)
+
+
+def _refuse_backward_fake(grad_output: Tensor, input: Tensor) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grads = (
+        torch.ops.rpe_tvm.refuse_backward(grad_output, x) if needed else None
+        for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:5], strict=True)
+    )
+    return (*grads, None, None)
+
+
+# CompositeExplicitAutograd: one kernel for all devices, so that a tensor on another device gets our message.
+# The dispatcher resolves conj and neg bits before it calls a kernel.
+torch.library.impl("rpe_tvm::kernelized_attention", "CompositeExplicitAutograd", _kernelized_attention)
+torch.library.impl("rpe_tvm::refuse_backward", "CompositeExplicitAutograd", _refuse_backward)
+torch.library.register_fake("rpe_tvm::kernelized_attention", _kernelized_attention_fake)
+torch.library.register_fake("rpe_tvm::refuse_backward", _refuse_backward_fake)
+torch.library.register_autograd("rpe_tvm::kernelized_attention", _backward, setup_context=_setup_context)

@@ -1,0 +1,298 @@
+"""Schedules shared by CPUs (x86 and ARM): loop nests for caches and vector lanes.
+
+Every schedule is a function of a `Schedule`, an `AttentionConfig` and `Choices`. With `Choices.sampled` the tile sizes become
+`sample_*` decisions for MetaSchedule; otherwise they are the fixed numbers of a default schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.te.dft import COMPOSITE
+from rpe_tvm.te.toeplitz import split_of
+
+Loop = Any
+Block = Any
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Decisions of a schedule.
+
+    Parameters
+    ----------
+    sampled : bool
+        Let MetaSchedule decide the tile sizes; the fields `feature_block`, `columns`, `rows` and `row_block` are then ignored.
+    pad : bool
+        Pad the rows of the arrays between the halves of the four-step split, so that a walk along a column does
+        not fall on one cache set.
+    feature_block : int
+        Features that are transformed in one pass over value and output.
+    columns, rows : int
+        Neighbouring columns (rows) of the four-step split that one pass transforms.
+    row_block : int
+        Only `direct`: queries whose output rows are summed in registers.
+    score_rows, score_vectors : int
+        Only `direct`: queries, and vectors of keys, whose scores are summed in registers.
+    """
+
+    sampled: bool = False
+    pad: bool = True
+    feature_block: int = 1
+    columns: int = 1
+    rows: int = 1
+    row_block: int = 4
+    score_rows: int = 4
+    score_vectors: int = 4
+
+
+def _tile(sch: Schedule, loop: Loop, inner: int, choices: Choices, largest: int) -> tuple[Loop, Loop]:
+    """Split a loop in two by a sampled or a fixed factor."""
+    if choices.sampled:
+        factors = sch.sample_perfect_tile(loop, n=2, max_innermost_factor=largest)
+    else:
+        factors = [None, inner]
+    outer, tile = sch.split(loop, factors)
+    return outer, tile
+
+
+def _at(sch: Schedule, block: Block, loop: Loop) -> None:
+    # unit loops are kept so that loops can be counted from the end whatever the sizes are
+    sch.compute_at(block, loop, preserve_unit_loops=True)
+
+
+def _vectorize(sch: Schedule, block: Block, unrolled: int) -> None:
+    """Vectorise the innermost loop and unroll the next ones."""
+    *_, lane = loops = sch.get_loops(block)
+    sch.vectorize(lane)
+    for loop in loops[-1 - unrolled : -1]:
+        sch.unroll(loop)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A DFT stage: loops (..., batch, blocks, q, radix, part, lane), and the block of a composite radix' first factor."""
+
+    name: str
+    radix: int
+
+
+def _transform(name: str, radices: tuple[int, ...]) -> list[_Stage]:
+    return [_Stage(f"{name}{number}", radix) for number, radix in enumerate(radices)]
+
+
+def _place(sch: Schedule, stage: _Stage, loop: Loop) -> Block:
+    """Compute a stage under `loop`, its butterflies unrolled over vectors of lanes."""
+    block = sch.get_sblock(stage.name)
+    _at(sch, block, loop)
+    if stage.radix in COMPOSITE:
+        first = sch.get_sblock(f"{stage.name}_first")
+        _at(sch, first, sch.get_loops(block)[-4])
+        _vectorize(sch, first, unrolled=3)
+    _vectorize(sch, block, unrolled=2)
+    return block
+
+
+def _circulant_product(
+    sch: Schedule, name: str, config: AttentionConfig, choices: Choices, product_loop: Loop, column_loop: Loop
+) -> None:
+    """Place all stages of `te.toeplitz.circulant_product` but its last.
+
+    The two arrays of P points between the halves of the split live under `product_loop`; all other stages work on a
+    few columns or rows that stay in L1.
+
+    Parameters
+    ----------
+    product_loop : loop
+        One iteration makes the product for one feature block.
+    column_loop : loop
+        One iteration finishes a few columns of the last half; the last stage is already under it.
+    """
+    split = split_of(config)
+    columns = _transform(f"{name}_columns", config.outer)
+    rows = _transform(f"{name}_rows", config.inner)
+    back_rows = _transform(f"{name}_back_rows", config.inner[::-1])
+    back_columns = _transform(f"{name}_back_columns", config.outer[::-1])
+
+    for stage in reversed(back_columns[:-1]):
+        _place(sch, stage, column_loop)
+
+    last_row = _place(sch, back_rows[-1], product_loop)
+    rows_outer, _ = _tile(sch, sch.get_loops(last_row)[-6], choices.rows, choices, largest=4)
+    for stage in reversed(back_rows[:-1]):
+        _place(sch, stage, rows_outer)
+    # the last forward and the first inverse stage of a row work on the same points: both stay in registers
+    first_back = sch.get_sblock(back_rows[0].name)
+    _place(sch, rows[-1], sch.get_loops(first_back)[-5])
+    for stage in reversed(rows[:-1]):
+        _place(sch, stage, rows_outer)
+
+    last_column = _place(sch, columns[-1], product_loop)
+    feature, column = sch.get_loops(last_column)[-7:-5]
+    columns_outer, columns_inner = _tile(sch, column, choices.columns, choices, largest=4)
+    sch.reorder(columns_outer, feature, columns_inner)
+    for stage in reversed(columns[:-1]):
+        _place(sch, stage, feature)
+
+    if choices.pad:
+        for block, points in ((last_column, split.n1), (last_row, split.n2)):
+            line = 2 * config.lanes
+            axis = len(sch.get(block).writes[0].region) - 6
+            sch.storage_align(block, 0, axis, points * line, line)
+
+
+def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
+    """Schedule `te.fft_attention`: parallel over (batch, head, channel group), a feature block after the other."""
+    # denominators
+    denominator = sch.get_sblock("denominator")
+    b, h, g, *_ = sch.get_loops(denominator)
+    head = sch.fuse(b, h, g)
+    sch.parallel(head)
+    last_stage = _transform("key_back_columns", config.outer[::-1])[-1]
+    last = _place(sch, last_stage, head)
+    parity, column = sch.get_loops(last)[-7:-5]
+    _circulant_product(sch, "key", config, Choices(pad=choices.pad), parity, column)
+    _at(sch, sch.get_sblock("packed_key"), parity)
+    sch.decompose_reduction(denominator, sch.get_loops(denominator)[-2])
+
+    # numerators and output
+    out = sch.get_sblock("out")
+    b, h, i, channel = sch.get_loops(out)
+    # an outer loop of one iteration, so that the inner one has a constant extent where n_q is symbolic
+    bucket, position = sch.split(i, [None, config.length])
+    vector, lane = sch.split(channel, [None, config.lanes])
+    group, part = sch.split(vector, [None, 2])
+    sch.reorder(b, h, bucket, group, position, part, lane)
+    task = sch.fuse(b, h, bucket, group)
+    sch.parallel(task)
+    sch.vectorize(lane)
+    _at(sch, sch.get_sblock("inverse_denominator"), task)
+    numerator = sch.get_sblock("numerator")
+    _at(sch, numerator, task)
+    parity, column, q, s, part, lane, feature = sch.get_loops(numerator)[-7:]
+    features_outer, features_inner = _tile(sch, feature, choices.feature_block, choices, largest=4)
+    columns_outer, columns_inner = _tile(sch, column, choices.columns, choices, largest=4)
+    sch.reorder(parity, features_outer, columns_outer, features_inner, columns_inner, q, s, part, lane)
+    # the last stage stays in registers and is added to the output at once
+    _place(sch, _transform("value_back_columns", config.outer[::-1])[-1], q)
+    _circulant_product(sch, "value", config, choices, features_outer, features_inner)
+    packed = sch.get_sblock("packed_value")
+    _at(sch, packed, parity)
+    _vectorize(sch, packed, unrolled=1)
+    sch.vectorize(lane)
+    sch.unroll(part)
+    sch.unroll(s)
+    init = sch.decompose_reduction(numerator, features_outer)
+    sch.vectorize(sch.get_loops(init)[-1])
+
+
+def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
+    """Schedule `te.direct_attention`: parallel over (batch, head, query tile), one tile of keys after the other."""
+    out = sch.get_sblock("out")
+    b, h, i, channel = sch.get_loops(out)
+    tile, _ = sch.split(i, [None, config.tile[0]])
+    task = sch.fuse(b, h, tile)
+    sch.parallel(task)
+    sch.vectorize(sch.split(channel, [None, config.lanes])[1])
+    _at(sch, sch.get_sblock("denominator"), task)
+
+    sums = sch.get_sblock("sums")
+    _at(sch, sums, task)
+    row, vector, lane, block = sch.get_loops(sums)[-4:]
+    rows_outer, rows_inner = _tile(sch, row, choices.row_block, choices, largest=8)
+    sch.reorder(block, rows_outer, rows_inner, vector, lane)
+    for name in ("row_sum", "product"):
+        _at(sch, sch.get_sblock(name), rows_outer)
+    weighted = sch.get_sblock("weighted")
+    _at(sch, weighted, block)
+    i, j = sch.get_loops(weighted)[-2:]
+    i_outer, i_inner = _tile(sch, i, choices.score_rows, choices, largest=8)
+    j_outer, j_inner = sch.split(j, [None, choices.score_vectors * config.lanes])
+    sch.reorder(j_outer, i_outer, i_inner, j_inner)
+    scores = sch.get_sblock("scores")
+    _at(sch, scores, i_outer)
+    _at(sch, sch.get_sblock("packed_value"), block)
+
+    i, j, feature = sch.get_loops(scores)[-3:]
+    j_vector, j_lane = sch.split(j, [None, config.lanes])
+    sch.reorder(feature, i, j_vector, j_lane)
+    _vectorize(sch, scores, unrolled=2)
+    _vectorize(sch, sch.decompose_reduction(scores, feature), unrolled=2)
+    j_vector, j_lane = sch.split(j_inner, [None, config.lanes])
+    _vectorize(sch, weighted, unrolled=2)
+
+    product = sch.get_sblock("product")
+    i, vector, lane, j = sch.get_loops(product)[-4:]
+    sch.reorder(j, i, vector, lane)
+    _vectorize(sch, product, unrolled=2)
+    _vectorize(sch, sch.decompose_reduction(product, j), unrolled=2)
+    row_sum = sch.get_sblock("row_sum")
+    i, lane, part = sch.get_loops(row_sum)[-3:]
+    sch.reorder(part, i, lane)
+    _vectorize(sch, row_sum, unrolled=1)
+    _vectorize(sch, sch.decompose_reduction(row_sum, part), unrolled=1)
+    _vectorize(sch, sch.get_sblock("packed_value"), unrolled=1)
+    _vectorize(sch, sums, unrolled=2)
+    _vectorize(sch, sch.decompose_reduction(sums, block), unrolled=0)
+
+
+def features(sch: Schedule, config: AttentionConfig) -> None:
+    """Schedule `te.features`: parallel over blocks of 64 positions, which are transposed and projected in L1."""
+    phi = sch.get_sblock("phi")
+    b, h, feature, block, i = sch.get_loops(phi)
+    sch.reorder(b, h, block, feature, i)
+    task = sch.fuse(b, h, block)
+    sch.parallel(task)
+    vector, lane = sch.split(i, [None, config.lanes])
+    sch.vectorize(lane)
+    logits = sch.get_sblock("logits")
+    _at(sch, logits, task)
+    square = sch.get_sblock("square")
+    _at(sch, square, task)
+    _at(sch, sch.get_sblock("columns"), task)
+
+    feature, i, k = sch.get_loops(logits)[-3:]
+    feature_outer, feature_inner = sch.split(feature, [None, 4])
+    vector_outer, vector, lane = sch.split(i, [None, 2, config.lanes])
+    sch.reorder(feature_outer, vector_outer, k, feature_inner, vector, lane)
+    _vectorize(sch, logits, unrolled=2)
+    _vectorize(sch, sch.decompose_reduction(logits, k), unrolled=2)
+    i, k = sch.get_loops(square)[-2:]
+    sch.reorder(k, i)
+    sch.vectorize(sch.split(i, [None, config.lanes])[1])
+    init = sch.decompose_reduction(square, k)
+    sch.vectorize(sch.get_loops(init)[-1])
+
+
+def direct_weights(sch: Schedule, config: AttentionConfig) -> None:
+    """Schedule `te.direct_weights`: parallel over heads."""
+    for name in ("largest", "table"):
+        sch.parallel(sch.get_loops(sch.get_sblock(name))[0])
+
+
+def fft_weights(sch: Schedule, config: AttentionConfig) -> None:
+    """Schedule `te.fft_weights`: parallel over (head, parity), the columns of the split as lanes."""
+    sch.parallel(sch.get_loops(sch.get_sblock("largest"))[0])
+    folded = sch.get_sblock("folded")
+    h, sign, _ = sch.get_loops(folded)
+    sch.parallel(sch.fuse(h, sign))
+    spectrum = sch.get_sblock("spectrum")
+    h, p, *_ = sch.get_loops(spectrum)
+    task = sch.fuse(h, p)
+    sch.parallel(task)
+    stages = _transform("spectrum_columns", config.outer) + _transform("spectrum_rows", config.inner)
+    for stage in reversed(stages):
+        block = sch.get_sblock(stage.name)
+        _at(sch, block, task)
+        *_, blocks, q, radix, part, position = sch.get_loops(block)
+        outer, lane = sch.split(position, [None, config.lanes])
+        sch.reorder(blocks, q, outer, radix, part, lane)
+        if stage.radix in COMPOSITE:
+            first = sch.get_sblock(f"{stage.name}_first")
+            _at(sch, first, outer)
+            _vectorize(sch, first, unrolled=3)
+        _vectorize(sch, block, unrolled=2)

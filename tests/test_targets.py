@@ -1,0 +1,111 @@
+"""Targets and the detection of this machine's CPU."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rpe_tvm import targets
+from rpe_tvm.errors import BuildError
+from rpe_tvm.runtime import cpu
+
+
+@pytest.fixture(autouse=True)
+def _fresh_detection() -> Iterator[None]:
+    targets.detect.cache_clear()
+    yield
+    targets.detect.cache_clear()
+
+
+def test_presets() -> None:
+    haswell = targets.preset("haswell")
+    assert (haswell.id, haswell.kind, haswell.mcpu) == ("x86_64-haswell", "llvm", "haswell")
+    assert haswell.lanes == 8
+    assert {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"} <= set(haswell.features)
+    assert not [flag for flag in haswell.features if flag.startswith("avx512")]
+    skylake = targets.preset("skylake-avx512")
+    assert skylake.lanes == 16
+    assert {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(skylake.features)
+    assert {"avx512_bf16", "avx512_vnni"} <= set(targets.preset("znver4").features)
+
+
+@pytest.mark.parametrize("name", ["haswel", "", "x86_64", "cortex-a76"])
+def test_unknown_preset(name: str) -> None:
+    with pytest.raises(BuildError, match=f"Unknown target {name!r}: expected 'x86'.*haswell"):
+        targets.preset(name)
+
+
+@pytest.mark.parametrize("name", ["x86-64", "nehalem", "ivybridge"])
+def test_cpu_without_avx2(name: str) -> None:
+    with pytest.raises(BuildError, match=f"Unsupported CPU {name}: .*AVX2"):
+        targets.preset(name)
+
+
+def test_detection_promises_nothing_that_is_missing() -> None:
+    spec = targets.detect()
+    assert targets.preset("x86") == spec
+    assert set(spec.features) <= cpu.cpu_flags()
+    assert spec.lanes in (8, 16)
+
+
+def test_a_flag_that_is_hidden_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, "znver4", targets.preset("znver4").features, hidden={"avx512_bf16", "gfni"})
+    spec = targets.detect()
+    assert spec.id == "x86_64-znver4" and spec.lanes == 16
+    assert not {"avx512_bf16", "gfni"} & set(spec.features)
+    assert list(targets.to_tvm(spec).attrs["mattr"]) == ["-avx512bf16", "-gfni"]
+
+
+def test_hidden_avx512_falls_back_to_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = targets.preset("znver4").features
+    hidden = {flag for flag in flags if flag.startswith("avx512")}
+    _pretend(monkeypatch, "znver4", flags, hidden)
+    assert targets.detect() == targets.preset("haswell")
+
+
+def test_hidden_avx2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, "haswell", targets.preset("haswell").features, {"avx2"})
+    with pytest.raises(BuildError, match="needs AVX2"):
+        targets.detect()
+
+
+def test_other_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(BuildError, match="Unsupported machine 'aarch64'"):
+        targets.detect()
+
+
+def test_tvm_target() -> None:
+    target = targets.to_tvm(targets.preset("haswell"))
+    assert str(target.kind) == "llvm" or target.kind.name == "llvm"
+    assert target.attrs["mcpu"] == "haswell"
+    assert "-memdep-block-scan-limit:int=4000" in list(target.attrs["cl-opt"])
+
+
+def test_what_cannot_be_checked_is_off() -> None:
+    target = targets.to_tvm(targets.preset("diamondrapids"))
+    assert {"-avx10.2", "-egpr"} <= set(target.attrs["mattr"])
+
+
+def test_flags_that_all_processors_have() -> None:
+    text = "processor : 0\nflags\t\t: fpu avx avx2\n\nprocessor : 1\nflags\t\t: fpu avx\nvmx flags : ept\n"
+    assert cpu.parse_flags(text) == {"fpu", "avx"}
+    assert cpu.parse_flags("Features : asimd") == frozenset()
+
+
+def test_import_is_light(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    run_python(
+        "import sys, rpe_tvm.targets\nassert not {'tvm', 'tvm_ffi', 'torch', 'numpy'} & set(sys.modules)"
+    )
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, mcpu: str, flags: tuple[str, ...], hidden: set[str]) -> None:
+    inner = targets._llvm
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags) - hidden)
+    monkeypatch.setattr(
+        targets,
+        "_llvm",
+        lambda name, *arguments: mcpu if name.endswith("GetHostCPUName") else inner(name, *arguments),
+    )

@@ -124,7 +124,10 @@ def _info(args: argparse.Namespace) -> int:
     records = wisdom.records(target.id)
     show("tuned records", f"{len(records)} for {target.id}")
     for record in records:
-        print(f"  {record}")
+        print(
+            f"  {record.config.name:<26} {record.config.description:<20} {record.ms:.2f} ms "
+            f"(default schedule: {record.default_ms:.2f} ms)"
+        )
     if not records:
         print("  Default schedules are used. To tune for this CPU: python scripts/tune_x86.py")
     return 0

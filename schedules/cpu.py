@@ -253,7 +253,12 @@ def features(sch: Schedule, config: AttentionConfig) -> None:
     _at(sch, logits, task)
     square = sch.get_sblock("square")
     _at(sch, square, task)
-    _at(sch, sch.get_sblock("columns"), task)
+    columns = sch.get_sblock("columns")
+    _at(sch, columns, task)
+    # unrolled, so that LLVM copies scalars: it would gather or scatter vectors, which is slower
+    k, i = sch.get_loops(columns)[-2:]
+    sch.reorder(i, k)
+    sch.unroll(k)
 
     feature, i, k = sch.get_loops(logits)[-3:]
     feature_outer, feature_inner = sch.split(feature, [None, 4])

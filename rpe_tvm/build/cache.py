@@ -86,7 +86,7 @@ def entry(relative: Path, is_whole: Callable[[Path], bool], build: Callable[[Pat
         final = top / relative
         if _is_whole(final, is_whole):
             return final
-        with _lock(top, relative.name):
+        with _lock(top, relative.name, _LOCK_SECONDS):
             if _is_whole(final, is_whole):  # another process was faster
                 return final
             staging = top / "staging" / relative.name
@@ -163,7 +163,7 @@ def _remove(top: Path, directory: Path) -> None:
 
 
 @contextmanager
-def _lock(top: Path, key: str, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
+def _lock(top: Path, key: str, seconds: float) -> Iterator[None]:
     # The lock goes with its process, so a killed one blocks nobody; the empty file stays.
     path = top / "locks" / f"{key}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,14 +49,12 @@ def compile_attention(config: AttentionConfig, target: TargetSpec) -> Path:
 
 
 def export(config: AttentionConfig, target: TargetSpec, out_dir: str | os.PathLike[str]) -> Path:
-    """Compile the attention operator and copy it to ``<out_dir>/<config name>/<target id>``, which is
-    returned."""
+    """Compile the attention operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that."""
     return copy_artefact(compile_attention(config, target), Path(out_dir) / config.name / target.id)
 
 
 def in_memory(config: AttentionConfig, target: TargetSpec) -> dict[str, Callable[..., Any]]:
-    """Compile the attention operator for this process only: nothing is written, and no C++ compiler is
-    needed.
+    """Compile the attention operator for this process only: writes nothing and needs no C++ compiler.
 
     The functions run on the thread pool of TVM, whose number of threads is that of the variables
     TVM_NUM_THREADS or OMP_NUM_THREADS, else of the CPUs that this process may use; it does not follow
@@ -89,7 +87,7 @@ def compile_module(
     op
         Name of the operator.
     schedule
-        Where the schedule comes from, for the manifest.
+        Where the schedule comes from, for the manifest; ``source`` is ``"tuned"`` or ``"default"``.
     """
     tvm_target = to_tvm(target)
     functions = _function_names(mod)

@@ -50,8 +50,8 @@ def find_compiler() -> list[str]:
             return [found]
     raise CompilerNotFoundError(
         "No C++ compiler: exporting a library needs g++, c++ or clang++ on PATH, or one named by the "
-        "variable CXX. Install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda "
-        "install -c conda-forge gxx). Without one, rpe_tvm.build.in_memory compiles for use in this process."
+        "variable CXX. Install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: "
+        "conda install -c conda-forge gxx). Without one, rpe_tvm.build.in_memory compiles for one process."
     )
 
 

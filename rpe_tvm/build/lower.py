@@ -83,4 +83,7 @@ def lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
     else:
         record.replay(sch)
     add("attention", sch)
-    return Lowered(tvm.IRModule(functions), {"source": "default"} if record is None else {"source": "tuned", **record.provenance})
+    return Lowered(
+        tvm.IRModule(functions),
+        {"source": "default"} if record is None else {"source": "tuned", **record.provenance},
+    )

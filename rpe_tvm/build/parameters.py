@@ -39,7 +39,11 @@ def relax_parameters(function: tvm.tirx.PrimFunc, strided: frozenset[str]) -> tv
     def field(node: dict[str, Any], name: str) -> dict[str, Any]:
         return nodes[node["data"][name]]
 
-    int64 = next(i for i, node in enumerate(nodes) if node["type"] == "ir.PrimType" and node["data"]["dtype"] == "int64")
+    int64 = next(
+        i
+        for i, node in enumerate(nodes)
+        if node["type"] == "ir.PrimType" and node["data"]["dtype"] == "int64"
+    )
     one = add("ir.IntImm", {"span": 0, "ty": int64, "value": add("int", 1)})
     for parameter in (nodes[index] for index in field(nodes[graph["root_index"]], "params")["data"]):
         buffer = field(parameter, "ty")

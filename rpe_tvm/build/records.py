@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
@@ -74,13 +75,16 @@ def read(path: Path) -> Record:
     """Read one record."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     return Record(
-        AttentionConfig.from_json(fields["config"]), fields["workload_hash"], fields["record"], fields["provenance"]
+        AttentionConfig.from_json(fields["config"]),
+        fields["workload_hash"],
+        fields["record"],
+        fields["provenance"],
     )
 
 
 def workload_hash(function: tvm.tirx.PrimFunc) -> str:
     """Return the structural hash by which a record belongs to a workload."""
-    return f"{tvm.ir.structural_hash(function) & (2**64 - 1):016x}"
+    return f"{tvm_ffi.structural_hash(function) & (2**64 - 1):016x}"
 
 
 def find(
@@ -94,3 +98,21 @@ def find(
     if record.config != config or record.workload_hash != workload_hash(make_workload(config)):
         return None
     return record
+
+
+def record_json(sch: Schedule, workload: tvm.tirx.PrimFunc, seconds: Sequence[float]) -> list[Any]:
+    """Return MetaSchedule's JSON of a tuning record for a schedule of `workload` and its measured seconds."""
+    holder = ms.database.Workload(tvm.IRModule({"main": workload}))
+    record = ms.database.TuningRecord(sch.trace, holder, list(seconds), None, None)
+    plain = _plain(record.as_json())
+    assert isinstance(plain, list)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return FFI containers as lists and dicts."""
+    if isinstance(value, tvm_ffi.Array):
+        return [_plain(item) for item in value]
+    if isinstance(value, tvm_ffi.Map):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, str) else value

@@ -79,7 +79,7 @@ def factorisations(length: int, count: int = 4) -> list[tuple[tuple[int, ...], t
 
 def direct_config(num_features: int, head_dim: int, length: int, lanes: int) -> AttentionConfig:
     """Return the default config of the direct algorithm."""
-    return AttentionConfig(num_features, head_dim, length, "direct", tile=(64, 128), lanes=lanes)
+    return AttentionConfig(num_features, head_dim, length, "direct", tile=(64, 64), lanes=lanes)
 
 
 def fft_lanes(target_id: str, lanes: int) -> int:

@@ -315,7 +315,9 @@ def as_tensor(name: str, array: Any, *, writable: bool = False) -> tvm_ffi.Tenso
         tensor = tvm_ffi.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         tensor = _convert(name, array, writable, error)
-    dtype = getattr(array, "dtype", None) or tensor.dtype
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
+        dtype = tensor.dtype
     if not _is_float32(dtype):
         raise _dtype_error(name, dtype)
     if tensor.device.type != "cpu":

@@ -60,11 +60,11 @@ def direct_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     )
 
     def pack(b, h, bj, j, vector, lane):
-        position, channel = bj * tile_k + j, vector * lanes + lane
-        valid = position < n_key
-        if vectors * lanes > d:
-            valid = tirx.all(valid, channel < d)
-        return tirx.if_then_else(valid, value[b, h, position, channel], cx.real(0.0))
+        # past the end the last position again, whose weight is zero: a bound instead of a branch
+        position, channel = tirx.min(bj * tile_k + j, n_key - 1), vector * lanes + lane
+        if vectors * lanes == d:
+            return value[b, h, position, channel]
+        return tirx.if_then_else(channel < d, value[b, h, position, channel], cx.real(0.0))
 
     packed = cx.compute((batch, heads, blocks_k, tile_k, vectors, lanes), pack, "packed_value")
 

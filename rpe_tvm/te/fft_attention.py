@@ -69,8 +69,9 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     def channel(group: Expr, c: Expr, lane: Expr) -> Expr:
         return group * (2 * lanes) + c * lanes + lane
 
-    def guarded(valid: list[Expr], element: Expr) -> Expr:
-        return tirx.if_then_else(tirx.all(*valid), element, cx.real(0.0)) if valid else element
+    def existing(ch: Expr, channels: int, element: Expr) -> Expr:
+        """Return zero in lanes past the last channel, where there are any."""
+        return element if channels % (2 * lanes) == 0 else tirx.if_then_else(ch < channels, element, cx.real(0.0))
 
     def packed(source: te.Tensor, name: str, groups: int, channels: int, feature_major: bool) -> te.Tensor:
         def pack(b, h, g, p, n2, q, s, c, lane):
@@ -78,10 +79,10 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
 
             def element(part: int) -> Expr:
                 ch = channel(g, part, lane)
-                valid = [] if groups * 2 * lanes == channels else [ch < channels]
                 if feature_major:
-                    return guarded(valid, at_position(source, b, h, ch, position))
-                return guarded([*valid, position < sizes.n_key], source[b, h, position, ch])
+                    return existing(ch, channels, at_position(source, b, h, ch, position))
+                # past the end the last position again, whose features are zero: a bound instead of a branch
+                return existing(ch, channels, source[b, h, tirx.min(position, sizes.n_key - 1), ch])
 
             return cx.part(c, turn(p, position, (element(0), element(1))))
 
@@ -108,8 +109,9 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         both = [[weighted_key[b, h, g, p, n2, 0, q, s, k, lane_axis] for k in (0, 1)] for p in (0, 1)]
         weighted = cx.part(part_axis, turn_back(position, [(x[0], x[1]) for x in both]))
         ch = channel(g, part_axis, lane_axis)
-        valid = [] if feature_groups * 2 * lanes == m else [ch < m]
-        return te.sum(guarded(valid, at_position(phi_q, b, h, ch, position)) * weighted, axis=[part_axis, lane_axis])
+        return te.sum(
+            existing(ch, m, at_position(phi_q, b, h, ch, position)) * weighted, axis=[part_axis, lane_axis]
+        )
 
     denominator = cx.compute(
         (sizes.batch, sizes.heads, feature_groups, split.n2, split.q, split.s),

@@ -81,5 +81,5 @@ def test_clear_leaves_what_is_being_built(cache_dir: Path) -> None:
 
 def test_a_lock_that_stays_held(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.05)
-    with cache._lock(cache_dir, KEY), pytest.raises(BuildError, match="Another process has held"):
+    with cache._lock(cache_dir, KEY, 1), pytest.raises(BuildError, match="Another process has held"):
         _entry()

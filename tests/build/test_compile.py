@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ import tvm_ffi
 from rpe_tvm.build import cache, check_versions, link, manifest
 from rpe_tvm.build import compile as build
 from rpe_tvm.errors import BuildError, CompilerNotFoundError
-from rpe_tvm.runtime import load
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.runtime import Attention, Instance, load
 from rpe_tvm.targets import TargetSpec
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -251,11 +253,13 @@ def test_in_memory_uses_all_cpus_and_pins_nothing(run_python: Run) -> None:
         "module = tvm.script.from_source('''" + _SCALE + "'''.replace('FACTOR', '2.0'))\n"
         "scale = build.load_module(module, targets.preset('haswell'))['scale']\n"
         "scale(np.ones((8, 64), 'float32'), np.empty((8, 64), 'float32'))\n"
-        "print(tvm_ffi.get_global_func('runtime.NumThreads')() == len(before), os.sched_getaffinity(0) == before)"
+        "print(tvm_ffi.get_global_func('runtime.NumThreads')() == len(before))\n"
+        "print(os.sched_getaffinity(0) == before)"
     )
-    unset = {"OMP_NUM_THREADS": "", "TVM_NUM_THREADS": "", "TVM_BIND_THREADS": ""}
-    code = f"import os\nfor name in {list(unset)}: os.environ.pop(name, None)\n{code}"
-    assert run_python(code).stdout.split() == ["True", "True"]
+    unset = ["OMP_NUM_THREADS", "TVM_NUM_THREADS", "TVM_BIND_THREADS"]
+    assert run_python(
+        f"import os\nfor name in {unset}: os.environ.pop(name, None)\n{code}"
+    ).stdout.split() == ["True", "True"]
 
 
 def test_the_variable_cxx_names_the_compiler(
@@ -341,17 +345,19 @@ def test_versions_that_crash_are_refused(
 
 
 def test_export_and_in_memory_of_the_operator(
-    cache_dir: Path, target: TargetSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cache_dir: Path,
+    target: TargetSpec,
+    naive: tuple[AttentionConfig, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    from conftest import naive_config, naive_module
-
-    from rpe_tvm.runtime import Attention, Instance
-
-    monkeypatch.setattr(build, "_lower", lambda config, target: naive_module())
-    config = naive_config(64)
+    config, module = naive
+    lowered = SimpleNamespace(mod=module, schedule={"source": "tuned", "trials": 7})
+    monkeypatch.setattr(build, "_lower", lambda config, target: lowered)
     path = build.export(config, target, tmp_path / "out")
     assert path == tmp_path / "out" / "attention-m3-d8-n64" / "x86_64-haswell"
     assert sorted(file.name for file in path.iterdir()) == ["lib.so", "manifest.json"]
+    assert manifest.read(path)["schedule"] == {"source": "tuned", "trials": 7}
     assert build.export(config, target, tmp_path / "out") == path  # over what is there
     rng = np.random.default_rng(0)
     query = rng.standard_normal((1, 2, 20, 8), np.float32)

@@ -24,11 +24,11 @@ from rpe_tvm.torch import (
     kernelized_attention,
 )
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore:No tuned record")]
 
 MAPS = {"nprf": NPRF, "prf": PRF}
-# Where both errors are rounding of the last place (short sequences), twice the peer's error means nothing.
-FLOOR = 8 * np.finfo(np.float32).eps
+# Where both results are right to the last place (short sequences), twice the peer's error means nothing.
+FLOOR = np.finfo(np.float32).eps
 
 
 @contextlib.contextmanager
@@ -59,9 +59,11 @@ def attend(query, key, value, rpe_bias, projection, feature_map="nprf", is_causa
         )
 
 
-def relative_error(out, want):
+def errors(out, want):
+    """Root mean square and maximum of the error, each over that of the result."""
     assert out.shape == want.shape
-    return float(np.abs(out.double().numpy() - want).max() / np.abs(want).max())
+    error = out.double().numpy() - want
+    return np.sqrt(np.mean(error**2) / np.mean(want**2)), np.abs(error).max() / np.abs(want).max()
 
 
 def check(args, feature_map="nprf", is_causal=False):
@@ -69,10 +71,11 @@ def check(args, feature_map="nprf", is_causal=False):
     want = reference.attention(
         *(x.numpy() for x in args), feature_map=feature_map, is_causal=is_causal, method="fft"
     )[2]
-    peer = relative_error(torch_fft_attention(*args, feature_map, is_causal), want)
-    error = relative_error(out, want)
-    assert error <= max(2 * peer, FLOOR), f"error {error:.2e}, the torch.fft formula's {peer:.2e}"
-    return out
+    rms, largest = errors(out, want)
+    peer_rms, peer_largest = errors(torch_fft_attention(*args, feature_map, is_causal), want)
+    assert rms <= 2 * peer_rms + FLOOR, f"error {rms:.2e}, the torch.fft formula's {peer_rms:.2e}"
+    # The largest of many errors is a matter of luck; this bound is for single elements that are wrong.
+    assert largest <= 5 * (peer_largest + FLOOR), f"error {largest:.2e}, torch.fft {peer_largest:.2e}"
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -169,21 +172,38 @@ def test_nothing_and_no_keys():
 
 
 @pytest.mark.parametrize("n", [63, 1000, 2049])
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("where", ["query", "key", "value", "rpe_bias"])
-def test_non_finite_input_stays_non_finite(n, where, bad):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_non_finite_input_stays_non_finite(n, bad, where):
     args = list(inputs(n))
-    index = ["query", "key", "value", "rpe_bias"].index(where)
-    args[index][0, n // 3] = bad
-    out = attend(*args)
+    args[["query", "key", "value"].index(where)][0, 0, n // 3, 5] = bad
+    out = attend(*args).numpy()
     with np.errstate(all="ignore"):
-        exact = reference.attention(*(x.numpy() for x in args), method="dense")[2]
-    # Wherever the exact result is not finite, the output is not; one head never touches another.
+        exact = reference.attention(*(x.numpy() for x in args))[2]
+    # Elements of the exact result that are not finite are not finite here; one head never touches another.
     assert not np.isfinite(exact).all()
-    assert (
-        not out.numpy()[~np.isfinite(exact)].size or not np.isfinite(out.numpy()[~np.isfinite(exact)]).any()
-    )
+    assert not np.isfinite(out[~np.isfinite(exact)]).any()
+    assert np.isfinite(out[:, 1]).all()
+
+
+@pytest.mark.parametrize("n", [63, 1000, 2049])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_that_a_non_finite_bias_reaches_are_not_finite(n, bad):
+    args = inputs(n)
+    offset = -(n // 3)  # key j = i + offset exists for queries from -offset on
+    args[3][0, offset + n - 1] = bad
+    out = attend(*args)
+    assert not out[0, 0, -offset:].isfinite().any()
     assert out[:, 1].isfinite().all()
+
+
+def test_minus_infinity_in_the_bias_masks_an_offset():
+    query, key, value, rpe_bias, projection = inputs(1000)
+    rpe_bias[:, 1000:] = -np.inf
+    args = (query, key, value, rpe_bias, projection)
+    check(args)
+    causal = attend(*args, is_causal=True)
+    torch.testing.assert_close(attend(*args), causal)
 
 
 def test_extreme_biases_cancel():
@@ -192,7 +212,7 @@ def test_extreme_biases_cancel():
     want = reference.attention(*(x.numpy() for x in (query, key, value, rpe_bias, projection)), method="fft")[
         2
     ]
-    assert relative_error(out, want) < 1e-4
+    assert max(errors(out, want)) < 1e-4
 
 
 def test_zero_vectors_under_nprf():

@@ -1,0 +1,1 @@
+"""Tuning: which algorithm and factorisation at which length, and MetaSchedule over the schedule of the best one."""

@@ -1,0 +1,29 @@
+"""Configs worth measuring for one length, features and head dimension."""
+
+from __future__ import annotations
+
+from rpe_tvm.plan import wisdom
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.targets import TargetSpec
+
+# beyond these lengths one algorithm has lost by far on every CPU that was measured
+DIRECT_LONGEST, FFT_SHORTEST = 3072, 512
+TILES = ((64, 64), (64, 128), (32, 64), (32, 128))
+
+
+def candidates(target: TargetSpec, length: int, num_features: int, head_dim: int) -> list[AttentionConfig]:
+    """Return direct configs with several tiles and fft configs with several factorisations and lane counts."""
+    found: list[AttentionConfig] = []
+    if length <= DIRECT_LONGEST:
+        lanes = target.lanes
+        found += [
+            AttentionConfig(num_features, head_dim, length, "direct", tile=tile, lanes=lanes) for tile in TILES
+        ]
+    if length >= FFT_SHORTEST:
+        for lanes in sorted({8, target.lanes}):
+            if head_dim % (2 * lanes):
+                continue
+            for outer, inner in wisdom.factorisations(length, 3):
+                found.append(AttentionConfig(num_features, head_dim, length, "fft", outer, inner, lanes=lanes))
+    default = wisdom.rule(target.id, length, num_features, head_dim, target.lanes)
+    return found if default in found else [default, *found]

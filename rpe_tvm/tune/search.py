@@ -1,0 +1,158 @@
+"""MetaSchedule over the schedule of one config: evolutionary search with an XGBoost cost model, resumable."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
+
+from rpe_tvm.build.lower import tuning_workload
+from rpe_tvm.errors import TuningError
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.schedules import x86
+from rpe_tvm.tune.builder import local_builder
+from rpe_tvm.tune.runner import CheckingRunner, Settings
+
+BATCH = 4
+# a failed candidate is stored with this time, in seconds
+FAILED = 1e9
+
+# (trials done, best seconds so far or None)
+Progress = Callable[[int, "float | None"], None]
+
+
+class _TimeIsUp(Exception):
+    """The time budget is spent; every finished record is in the database."""
+
+
+@derived_object
+class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
+    """Reports progress after each batch, keeps the first error, and ends the search when the time is up."""
+
+    def __init__(self, progress: Progress, deadline: float) -> None:
+        super().__init__()
+        self.progress, self.deadline = progress, deadline
+        self.done = 0
+        self.best: float | None = None
+        self.first_error = ""
+
+    def apply(
+        self, task_scheduler: Any, task_id: int, measure_candidates: Any, builder_results: Any, runner_results: Any
+    ) -> None:
+        for built, run in zip(builder_results, runner_results, strict=True):
+            error = built.error_msg or run.error_msg
+            if error and not self.first_error:
+                self.first_error = str(error)
+            if run.run_secs:
+                seconds = min(float(s) for s in run.run_secs)
+                self.best = seconds if self.best is None else min(self.best, seconds)
+        self.done += len(builder_results)
+        self.progress(self.done, self.best)
+        if time.monotonic() > self.deadline:
+            raise _TimeIsUp
+
+
+def valid_records(database: Any) -> list[Any]:
+    """Return the records of candidates that ran and were right, the fastest first."""
+
+    def seconds(record: Any) -> float:
+        return min(float(s) for s in record.run_secs) if record.run_secs else FAILED
+
+    return sorted((r for r in database.get_all_tuning_records() if seconds(r) < FAILED), key=seconds)
+
+
+def open_database(directory: Path) -> Any:
+    """Open or make the database of one config; every measured batch is appended to its files at once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return ms.database.JSONDatabase(
+        str(directory / "database_workload.json"), str(directory / "database_tuning_record.json")
+    )
+
+
+def search(
+    config: AttentionConfig,
+    target: tvm.target.Target,
+    directory: Path,
+    *,
+    trials: int,
+    seconds: float,
+    settings: Settings,
+    progress: Progress,
+) -> list[Any]:
+    """Tune the attention function of a config and return the valid records, the fastest first.
+
+    Parameters
+    ----------
+    config : AttentionConfig
+        What to tune.
+    target : Target
+        TVM's target, with `num-cores`.
+    directory : Path
+        Place of the database; trials that it already holds count.
+    trials, seconds : int, float
+        Budget: the search ends with whichever is spent first.
+    settings : Settings
+        How candidates are timed.
+    progress : callable
+        Called after each batch.
+
+    Raises
+    ------
+    TuningError
+        If no candidate was valid; with the first build or run error.
+    """
+    database = open_database(directory)
+    left = trials - len(database)
+    if left <= 0:
+        return valid_records(database)
+    logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
+    watch = _Watch(progress, time.monotonic() + seconds)
+    cores = int(target.attrs["num-cores"])
+    callbacks = [
+        ms.measure_callback.AddToDatabase(),
+        ms.measure_callback.UpdateCostModel(),
+        ms.measure_callback.RemoveBuildArtifact(),
+        watch,
+    ]
+    # Replaying the trace of a large function takes most of a second, so populations are small.
+    strategy = ms.search_strategy.EvolutionarySearch(
+        population_size=2 * BATCH, init_min_unmeasured=BATCH, genetic_num_iters=2, genetic_max_fail_count=2
+    )
+    space = ms.space_generator.ScheduleFn(
+        lambda sch: x86.attention_space(sch, config),
+        sch_rules=[],
+        postprocs=[],
+        mutator_probs={ms.mutator.MutateTileSize(): 1.0},
+    )
+    try:
+        ms.tune_tir(
+            tvm.IRModule({"main": tuning_workload(config)}),
+            target,
+            str(directory),
+            max_trials_global=left,
+            num_trials_per_iter=min(BATCH, left),
+            builder=local_builder(cores),
+            runner=CheckingRunner(settings),
+            database=database,
+            cost_model=ms.cost_model.XGBModel(num_warmup_samples=2 * BATCH, num_tuning_cores=cores, verbose_eval=0),
+            measure_callbacks=callbacks,
+            space=space,
+            strategy=strategy,
+            num_tuning_cores=cores,
+            seed=1,
+        )
+    except _TimeIsUp:
+        pass
+    records = valid_records(database)
+    if not records:
+        raise TuningError(
+            f"No candidate of {config.name} ({config.description}) was valid after {watch.done} trials. "
+            f"First error: {watch.first_error or 'none was reported; see ' + str(directory / 'logs')}"
+        )
+    return records

@@ -1,0 +1,222 @@
+"""A tuning run: for each length and number of features, the best config, then the best schedule of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tqdm import tqdm
+from tvm.s_tir import Schedule
+
+from rpe_tvm.build import records
+from rpe_tvm.build.lower import TUNING_HEADS, tuning_workload
+from rpe_tvm.errors import TuningError
+from rpe_tvm.plan import wisdom
+from rpe_tvm.plan.buckets import bucket_length
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.schedules import x86
+from rpe_tvm.targets import TargetSpec, to_tvm
+from rpe_tvm.tune import inputs, store
+from rpe_tvm.tune.builder import build_schedules
+from rpe_tvm.tune.candidates import candidates
+from rpe_tvm.tune.measure import Contestant, Timing, measure
+from rpe_tvm.tune.runner import Settings
+from rpe_tvm.tune.search import search
+
+FINALISTS = 3
+MEASURE_TIMEOUT = 600.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to tune, and with what budget.
+
+    Parameters
+    ----------
+    target : TargetSpec
+        The CPU of this machine.
+    lengths, features : tuple of int
+        Sequence lengths (their buckets are tuned) and numbers of features m; all pairs.
+    head_dim : int
+        Channels d.
+    trials, seconds : int, float
+        Budget of MetaSchedule for each pair: the search ends with whichever is spent first.
+    threads : int
+        OpenMP threads that candidates are timed with.
+    work_dir : Path
+        Databases and intermediate results; a run that was interrupted goes on from there.
+    logs : Path
+        Directory of tuning logs that finished pairs are added to.
+    """
+
+    target: TargetSpec
+    lengths: tuple[int, ...]
+    features: tuple[int, ...]
+    head_dim: int
+    trials: int
+    seconds: float
+    threads: int
+    work_dir: Path
+    logs: Path
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """All (bucket length, features), short ones first."""
+        return [(n, m) for n in sorted({bucket_length(n) for n in self.lengths}) for m in self.features]
+
+
+def tvm_target(run: Run) -> tvm.target.Target:
+    """Return TVM's target with the number of cores, without which MetaSchedule does not start."""
+    return tvm.target.Target({**to_tvm(run.target).export(), "num-cores": run.threads})
+
+
+def tune(run: Run, *, resume: bool) -> None:
+    """Tune all pairs; every finished one is in `run.logs` at once.
+
+    Raises
+    ------
+    TuningError
+        If the work directory holds another run's results and `resume` is not set, or if a pair has no valid candidate.
+    """
+    directory = run.work_dir / run.target.id
+    if directory.exists() and not resume:
+        raise TuningError(
+            f"{directory} holds results of an earlier run. Add --resume to go on with it, or give another --work-dir."
+        )
+    with tqdm(run.pairs, unit="length", dynamic_ncols=True) as bar:
+        for length, num_features in bar:
+            bar.set_description(f"n={length} m={num_features}")
+            place = directory / f"n{length}-m{num_features}-d{run.head_dim}"
+            result = store.read_json(place / "result.json")
+            if result is None:
+                result = _tune_pair(run, length, num_features, place, bar)
+                store.write_json(place / "result.json", result)
+            _publish(run, result)
+            entry = result["entry"]
+            tqdm.write(
+                f"n={length} m={num_features}: {AttentionConfig.from_json(entry['config']).description} "
+                f"{entry['ms']:.2f} ms; default schedule {entry['default_ms']:.2f} ms, "
+                f"rule {entry['rule_ms']:.2f} ms, {result['trials']} trials"
+            )
+
+
+def _publish(run: Run, result: dict[str, Any]) -> None:
+    fields = result["record"]
+    record = records.Record(
+        AttentionConfig.from_json(fields["config"]), fields["workload_hash"], fields["record"], fields["provenance"]
+    )
+    store.publish(run.logs / run.target.id / "attention", result["entry"], record, result["where"])
+
+
+def _save_inputs(config: AttentionConfig, place: Path) -> Path:
+    path = place / f"{config.description.replace(' ', '-')}-l{config.lanes}.npz"
+    if not path.exists():
+        staging = path.with_name(f"staging-{path.name}")
+        inputs.save(config, TUNING_HEADS, staging)
+        staging.rename(path)
+    return path
+
+
+def _default(config: AttentionConfig) -> Schedule:
+    sch = Schedule(tuning_workload(config))
+    x86.attention(sch, config)
+    return sch
+
+
+def _race(
+    run: Run, entrants: list[tuple[AttentionConfig, Schedule]], place: Path
+) -> list[tuple[AttentionConfig, Schedule, Timing]]:
+    """Build and time scheduled configs in turns; return the valid ones in the order given."""
+    built = build_schedules([sch for _, sch in entrants], tvm_target(run), run.threads)
+    libraries = [library for library in built if isinstance(library, Path)]
+    ready = [(config, sch) for (config, sch), path in zip(entrants, built, strict=True) if isinstance(path, Path)]
+    contestants = [
+        Contestant(library, _save_inputs(config, place)) for library, (config, _) in zip(libraries, ready, strict=True)
+    ]
+    timings = measure(contestants, run.threads, 1.0, MEASURE_TIMEOUT)
+    for library in libraries:
+        shutil.rmtree(library.parent, ignore_errors=True)
+    valid = [(*entrant, timing) for entrant, timing in zip(ready, timings, strict=True) if not timing.failure]
+    if not valid:
+        errors = [str(error) for error in built if not isinstance(error, Path)] + [t.failure for t in timings]
+        raise TuningError(f"No candidate of {place.name} was valid. First error: {errors[0]}")
+    return valid
+
+
+def _tune_pair(run: Run, length: int, num_features: int, place: Path, bar: Any) -> dict[str, Any]:
+    place.mkdir(parents=True, exist_ok=True)
+    best, screened = _screen(run, length, num_features, place, bar)
+    settings = Settings(_save_inputs(best, place), run.threads)
+    default_ms = next(ms for config, ms in screened if config == best)
+
+    def progress(done: int, seconds: float | None) -> None:
+        found = "none yet" if seconds is None else f"{1e3 * seconds:.2f} ms"
+        bar.set_postfix_str(f"{best.description}: trial {done}/{run.trials}, best {found}, default {default_ms:.2f} ms")
+
+    found = search(
+        best,
+        tvm_target(run),
+        place / "database",
+        trials=run.trials,
+        seconds=run.seconds,
+        settings=settings,
+        progress=progress,
+    )
+    bar.set_postfix_str(f"{best.description}: finalists")
+    rule = wisdom.rule(run.target.id, length, num_features, run.head_dim, run.target.lanes)
+    entrants = [(rule, _default(rule)), (best, _default(best)), *_finalists(best, found)]
+    times = _race(run, entrants, place)
+    rule_ms, default_ms = (1e3 * timing.best for _, _, timing in times[:2])
+    _, winner, timing = min(times[1:], key=lambda entrant: entrant[2].best)
+    for path in place.glob("*.npz"):
+        path.unlink()
+    return {
+        "entry": {
+            "config": best.to_json(),
+            "ms": round(1e3 * timing.best, 4),
+            "default_ms": round(default_ms, 4),
+            "rule_ms": round(rule_ms, 4),
+            "rule": rule.description,
+            "candidates": [
+                {"description": config.description, "lanes": config.lanes, "default_ms": round(ms, 4)}
+                for config, ms in screened
+            ],
+        },
+        "record": _record(run, best, winner, timing, len(found)).to_json(),
+        "trials": len(found),
+        "where": store.environment(str(to_tvm(run.target)), run.threads),
+    }
+
+
+def _screen(
+    run: Run, length: int, num_features: int, place: Path, bar: Any
+) -> tuple[AttentionConfig, list[tuple[AttentionConfig, float]]]:
+    """Time all candidate configs on their default schedule; return the best one and all times in ms."""
+    known = store.read_json(place / "screen.json")
+    if known is None:
+        configs = candidates(run.target, length, num_features, run.head_dim)
+        bar.set_postfix_str(f"{len(configs)} candidates on the default schedule")
+        times = _race(run, [(config, _default(config)) for config in configs], place)
+        known = [[config.to_json(), 1e3 * timing.best] for config, _, timing in times]
+        store.write_json(place / "screen.json", known)
+    screened = [(AttentionConfig.from_json(fields), float(ms)) for fields, ms in known]
+    return min(screened, key=lambda item: item[1])[0], screened
+
+
+def _finalists(config: AttentionConfig, found: list[Any]) -> Iterator[tuple[AttentionConfig, Schedule]]:
+    for record in found[:FINALISTS]:
+        sch = Schedule(tuning_workload(config))
+        record.trace.apply_to_schedule(sch, remove_postproc=False)
+        yield config, sch
+
+
+def _record(run: Run, config: AttentionConfig, sch: Schedule, timing: Timing, trials: int) -> records.Record:
+    workload = tuning_workload(config)
+    provenance = {**store.environment(str(to_tvm(run.target)), run.threads), "trials": trials}
+    return records.Record(
+        config, records.workload_hash(workload), records.record_json(sch, workload, timing.seconds), provenance
+    )

@@ -1,0 +1,63 @@
+"""`python -m rpe_tvm tuning verify`: every shipped record is found, replays, compiles and is right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+from tvm.s_tir import Schedule
+
+from rpe_tvm import targets
+from rpe_tvm.build import records
+from rpe_tvm.build.lower import TUNING_HEADS, attention_function, tuning_workload
+from rpe_tvm.plan import wisdom
+from rpe_tvm.te import shapes
+from rpe_tvm.tune import inputs
+from rpe_tvm.tune.builder import build_schedules
+from rpe_tvm.tune.measure import Contestant, measure
+
+
+def main(logs: Path = wisdom.LOGS) -> int:
+    """Verify all logs and print a line for each record.
+
+    Hashes are compared with the manifest, the trace is replayed on the symbolic function, and on a CPU that can run the target
+    the compiled function is compared with float64. Returns the number of faulty records, at most 1.
+    """
+    faults = count = 0
+    here = targets.detect().id
+    for directory in sorted(path.parent for path in logs.glob("*/attention/manifest.json")):
+        target_id = directory.parent.name
+        hashes = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for path in sorted(directory.glob("records/*.json")):
+            fault = _fault(path, hashes.get(str(path.relative_to(directory))), target_id, run=target_id == here)
+            ran = "found, replays, right" if target_id == here else "found, replays (another CPU: not run)"
+            print(f"{target_id} {path.stem}: {fault or ran}", flush=True)
+            faults += bool(fault)
+            count += 1
+    print(f"{count} records, {faults} faulty")
+    return min(faults, 1)
+
+
+def _fault(path: Path, sha256: str | None, target_id: str, run: bool) -> str:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        return "its SHA-256 is not the manifest's"
+    record = records.read(path)
+    config = record.config
+    if records.find(config, target_id, tuning_workload) is None:
+        return "not found: the workload's hash is another one; tune again"
+    if config not in [entry.config for entry in wisdom.records(target_id)]:
+        return "the wisdom table names another config"
+    sch = Schedule(attention_function(config, shapes.symbolic()))
+    record.replay(sch)
+    if not run:
+        return ""
+    (library,) = build_schedules([sch], targets.to_tvm(targets.detect()), 1)
+    if not isinstance(library, Path):
+        return library
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "inputs.npz"
+        inputs.save(config, TUNING_HEADS, file)
+        (timing,) = measure([Contestant(library, file)], threads=2, seconds=0.0, timeout=600.0)
+    return timing.failure

@@ -49,8 +49,8 @@ PEER_ERROR_LIMIT = 1e-2
 
 SAMPLED_ROWS = 64
 MIN_ROUNDS = 3
-# Contestants quicker than this get an untimed call before each timed one, which brings their data into cache.
-QUICK_SECONDS = 0.1
+# A contestant's turn: calls for this long, after one that is not timed and brings its data into cache.
+TURN_SECONDS = 0.2
 # Share of the free memory that one peer may take.
 MEMORY_SHARE = 0.8
 
@@ -90,8 +90,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The row as JSON values, the ratios included."""
         peers = {
-            each.name: {"ms": each.ms, "ratio": self.ratio(each.name), "skipped": each.skipped}
-            for each in self.peers
+            each.name: {"ms": each.ms, "ratio": self.ratio(each.name), "skipped": each.skipped} for each in self.peers
         }
         return {
             "n": self.n,
@@ -121,7 +120,7 @@ def run(
     num_features: int = 32,
     head_dim: int = 64,
     threads: int | None = None,
-    seconds: float = 5.0,
+    seconds: float = 8.0,
     is_causal: bool = False,
     describe: Describe | None = None,
     on_row: Callable[[Row], None] | None = None,
@@ -309,20 +308,23 @@ def take_turns(
         rounds += 1
         on_round(rounds)
         for name, call in contestants.items():
-            if times[name] and times[name][-1] < QUICK_SECONDS:
+            if times[name] and times[name][-1] < TURN_SECONDS:
                 call()
-            start = time.perf_counter()
-            output = call()
-            times[name].append(time.perf_counter() - start)
+            turn = time.perf_counter()
+            while True:
+                start = time.perf_counter()
+                output = call()
+                now = time.perf_counter()
+                times[name].append(now - start)
+                if now - turn > TURN_SECONDS:
+                    break
             if name == first:
                 kept[name] = output
             del output  # the next contestant may need the memory
     return times, kept[first]
 
 
-def relative_error(
-    output: torch.Tensor, rows: npt.NDArray[np.int64], expected: npt.NDArray[np.float64]
-) -> float:
+def relative_error(output: torch.Tensor, rows: npt.NDArray[np.int64], expected: npt.NDArray[np.float64]) -> float:
     """RMS of the error of `output[:, :, rows]` over the RMS of `expected`; NaN where anything is NaN."""
     got = output[:, :, rows.tolist()].double().numpy()
     return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
@@ -566,9 +568,7 @@ def _git_commit() -> str | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench` to its parser."""
-    parser.add_argument(
-        "--target", choices=["x86"], default="x86", help="what to run on (default: %(default)s)"
-    )
+    parser.add_argument("--target", choices=["x86"], default="x86", help="what to run on (default: %(default)s)")
     parser.add_argument(
         "--lengths",
         type=_lengths,
@@ -576,24 +576,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,...",
         help="sequence lengths (default: 512,1024,2048,4096,8192,16384)",
     )
-    parser.add_argument(
-        "--heads", type=_positive, default=4, help="heads, with a batch of 1 (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--features", type=_positive, default=32, help="random features m (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--head-dim", type=_positive, default=64, help="channels of a head d (default: %(default)s)"
-    )
+    parser.add_argument("--heads", type=_positive, default=4, help="heads, with a batch of 1 (default: %(default)s)")
+    parser.add_argument("--features", type=_positive, default=32, help="random features m (default: %(default)s)")
+    parser.add_argument("--head-dim", type=_positive, default=64, help="channels of a head d (default: %(default)s)")
     parser.add_argument("--threads", type=_positive, help="threads (default: torch's)")
-    parser.add_argument(
-        "--seconds", type=float, default=5.0, help="time for each length (default: %(default)s)"
-    )
+    parser.add_argument("--seconds", type=float, default=8.0, help="time for each length (default: %(default)s)")
     parser.add_argument("--causal", action="store_true", help="queries see no later keys")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurement here")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw time over length (needs matplotlib)"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over length (needs matplotlib)")
 
 
 def main(args: argparse.Namespace, describe: Describe | None = None) -> int:

@@ -42,9 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     compiling = commands.add_parser("compile", help="compile operators into a directory to ship")
-    compiling.add_argument(
-        "--op", choices=["attention"], default="attention", help="operator (default: %(default)s)"
-    )
+    compiling.add_argument("--op", choices=["attention"], default="attention", help="operator (default: %(default)s)")
     compiling.add_argument("--features", type=_positive, default=32, metavar="M", help="default: %(default)s")
     compiling.add_argument("--head-dim", type=_positive, default=64, metavar="D", help="default: %(default)s")
     compiling.add_argument(

@@ -37,8 +37,8 @@ def torch_fft_attention(
     is_causal
         Whether query i sees keys j <= i only.
     chunk
-        How many features are transformed at a time. None: all of them, the plain formula, which holds several
-        arrays of `[B, H, m, d_v, n]`: `torch_fft_bytes` says how much.
+        How many features are transformed at a time, for a leaner and faster form than the papers' code has. None:
+        the formula as published, which holds several arrays of `[B, H, n, m d_v]`: `torch_fft_bytes` says how much.
 
     Returns
     -------
@@ -47,9 +47,11 @@ def torch_fft_attention(
 
     Notes
     -----
-    Luo et al. 2021 (arXiv 2106.12566), Algorithm 1. Real transforms, over the contiguous axis, and in place
-    where torch allows: on a CPU this takes half the time of transforms over `[B, H, n, m d_v]`.
+    Luo et al. 2021 (arXiv 2106.12566), Algorithm 1: D1 = FFTMatrixMul(c, A1), A1 of shape `[n, m d_v]`, transformed
+    along n. With `chunk`: over the contiguous axis, and in place where torch allows.
     """
+    if chunk is None:
+        return _published_formula(query, key, value, rpe_bias, projection, feature_map, is_causal)
     n_q, n_k = query.shape[2], key.shape[2]
     size = fft_length(n_q + n_k - 1)
     spectrum = _spectrum(rpe_bias, n_q, size, is_causal)[:, None]
@@ -64,12 +66,36 @@ def torch_fft_attention(
 
     phi_q, phi_k, value = phi_q[:, :, :, None], phi_k[:, :, :, None], value.mT[:, :, None].contiguous()
     num = query.new_zeros(())
-    step = chunk or phi_q.shape[2]
-    for start in range(0, phi_q.shape[2], step):
-        some = slice(start, start + step)
+    for start in range(0, phi_q.shape[2], chunk):
+        some = slice(start, start + chunk)
         products = toeplitz(phi_k[:, :, some] * value, spectrum[:, None])
         num = num + products.mul_(phi_q[:, :, some]).sum(dim=2)
     return (num / den).mT
+
+
+def _published_formula(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpe_bias: torch.Tensor,
+    projection: torch.Tensor,
+    feature_map: Literal["nprf", "prf"],
+    is_causal: bool,
+) -> torch.Tensor:
+    n_q, n_k = query.shape[2], key.shape[2]
+    size = fft_length(n_q + n_k - 1)
+    spectrum = _spectrum(rpe_bias, n_q, size, is_causal)[..., None]
+
+    def fft_matrix_mul(x: torch.Tensor) -> torch.Tensor:
+        full: torch.Tensor = torch.fft.irfft(torch.fft.rfft(x, size, dim=-2) * spectrum, size, dim=-2)
+        return full[..., :n_q, :]
+
+    phi_q, phi_k = _features(query, projection, feature_map), _features(key, projection, feature_map)
+    products = (phi_k[..., None] * value[..., None, :]).flatten(-2)
+    d1 = fft_matrix_mul(products).reshape(*phi_q.shape, value.shape[-1])
+    d2 = fft_matrix_mul(phi_k)
+    num = torch.einsum("bhnm,bhnmd->bhnd", phi_q, d1)
+    return num / (phi_q * d2).sum(dim=-1, keepdim=True)
 
 
 def torch_fft_bytes(
@@ -78,23 +104,18 @@ def torch_fft_bytes(
     """Peak memory of `torch_fft_attention` in bytes, estimated from above, without its inputs."""
     size = fft_length(n_q + n_k - 1)
     features = min(chunk or num_features, num_features)
-    products = (
-        features * head_dim * (n_k + 2 * size)
-    )  # the products and two arrays of transform size at a time
+    # the products and arrays of transform size; one more of them where the transformed axis is not the last one
+    products = features * head_dim * (n_k + (2 if chunk else 3) * size)
     rest = (4 * num_features + 6 * head_dim) * (n_k + size)
     return 4 * batch * heads * (products + rest)
 
 
-def sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool = False
-) -> torch.Tensor:
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool = False) -> torch.Tensor:
     """Softmax attention without a bias, `[B, H, n_q, d]`: another result, the peer that a user has today."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
 
-def sdpa_with_bias(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+def sdpa_with_bias(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Softmax attention with a bias, `[B, H, n_q, d]`; `mask` as `bias_mask` makes it, `[H, n_q, n_k]`.
 
     Luo et al. 2021 (arXiv 2106.12566), Eq. 6: what the kernelized attention stands in for.

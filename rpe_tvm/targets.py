@@ -137,9 +137,7 @@ def detect() -> TargetSpec:
     from rpe_tvm.runtime.cpu import cpu_flags
 
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        raise BuildError(
-            f"Unsupported machine {platform.machine()!r}: this rpe_tvm compiles for x86-64 CPUs only."
-        )
+        raise BuildError(f"Unsupported machine {platform.machine()!r}: this rpe_tvm compiles for x86-64 CPUs only.")
     have = cpu_flags()
     mcpu = str(_llvm("tvm.codegen.llvm.GetHostCPUName"))
     needed = _needed_flags(mcpu)
@@ -163,9 +161,7 @@ def to_tvm(spec: TargetSpec) -> Target:
 def _spec(mcpu: str, flags: frozenset[str]) -> TargetSpec:
     lanes = _lanes(flags)
     if lanes == 0:
-        raise BuildError(
-            f"Unsupported CPU {mcpu}: rpe_tvm needs AVX2 and FMA (2013 and later on most x86 CPUs)."
-        )
+        raise BuildError(f"Unsupported CPU {mcpu}: rpe_tvm needs AVX2 and FMA (2013 and later on most x86 CPUs).")
     return TargetSpec(id=f"x86_64-{mcpu}", kind="llvm", mcpu=mcpu, lanes=lanes, features=tuple(sorted(flags)))
 
 

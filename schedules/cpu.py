@@ -1,7 +1,7 @@
 """Schedules shared by CPUs (x86 and ARM): loop nests for caches and vector lanes.
 
-Every schedule is a function of a `Schedule`, an `AttentionConfig` and `Choices`. With `Choices.sampled` the tile sizes become
-`sample_*` decisions for MetaSchedule; otherwise they are the fixed numbers of a default schedule.
+Every schedule is a function of a `Schedule`, an `AttentionConfig` and `Choices`. With `Choices.sampled` the tile sizes
+become `sample_*` decisions for MetaSchedule; otherwise they are the fixed numbers of a default schedule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Choices:
     Parameters
     ----------
     sampled : bool
-        Let MetaSchedule decide the tile sizes; the fields `feature_block`, `columns`, `rows` and `row_block` are then ignored.
+        Let MetaSchedule decide the tile sizes: `feature_block`, `columns`, `rows`, `row_block` and `score_rows` are
+        then ignored.
     pad : bool
         Pad the rows of the arrays between the halves of the four-step split, so that a walk along a column does
         not fall on one cache set.
@@ -52,10 +53,8 @@ class Choices:
 
 def _tile(sch: Schedule, loop: Loop, inner: int, choices: Choices, largest: int) -> tuple[Loop, Loop]:
     """Split a loop in two by a sampled or a fixed factor."""
-    if choices.sampled:
-        factors = sch.sample_perfect_tile(loop, n=2, max_innermost_factor=largest)
-    else:
-        factors = [None, inner]
+    fixed = [None, inner]
+    factors = sch.sample_perfect_tile(loop, n=2, max_innermost_factor=largest) if choices.sampled else fixed
     outer, tile = sch.split(loop, factors)
     return outer, tile
 
@@ -75,7 +74,7 @@ def _vectorize(sch: Schedule, block: Block, unrolled: int) -> None:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A DFT stage: loops (..., batch, blocks, q, radix, part, lane), and the block of a composite radix' first factor."""
+    """A DFT stage: loops (..., batch, blocks, q, radix, part, lane), and `<name>_first` for a composite radix."""
 
     name: str
     radix: int

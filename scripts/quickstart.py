@@ -106,9 +106,7 @@ def measure() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--tokens", type=int, default=16384, help="length of the document (default: %(default)s)"
-    )
+    parser.add_argument("--tokens", type=int, default=16384, help="length of the document (default: %(default)s)")
     args = parser.parse_args()
     if args.tokens < 1:
         parser.error(f"--tokens: expected a positive number, got {args.tokens}")

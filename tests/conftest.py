@@ -66,9 +66,7 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs Python code in a fresh process, with the package on its path."""
 
-    def run(
-        code: str, *arguments: str, check: bool = True, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(code: str, *arguments: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],

@@ -131,9 +131,7 @@ def test_wrong_usage(arguments: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "usage: rpe-tvm" in capsys.readouterr().err
 
 
-def test_cache(
-    naive_operators: list[Any], cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cache(naive_operators: list[Any], cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cache", "path"]) == 0
     assert capsys.readouterr().out == f"{cache_dir}\n"
     cli.main(["compile", "--lengths", "64", "--target", "haswell", "--out", str(tmp_path)])
@@ -154,9 +152,7 @@ def test_bench_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tuple(calls[0].lengths), calls[0].heads) == ((512, 1024), 2)
 
 
-def test_tuning_verify_is_handed_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tuning_verify_is_handed_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:
         raise TuningError("record 3 does not replay")
 

@@ -96,9 +96,7 @@ def test_flags_that_all_processors_have() -> None:
 
 
 def test_import_is_light(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    run_python(
-        "import sys, rpe_tvm.targets\nassert not {'tvm', 'tvm_ffi', 'torch', 'numpy'} & set(sys.modules)"
-    )
+    run_python("import sys, rpe_tvm.targets\nassert not {'tvm', 'tvm_ffi', 'torch', 'numpy'} & set(sys.modules)")
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, mcpu: str, flags: tuple[str, ...], hidden: set[str]) -> None:

@@ -54,9 +54,7 @@ def root() -> Path:
     try:
         return Path.home() / ".cache" / "rpe_tvm"
     except RuntimeError as error:
-        raise BuildError(
-            f"No home directory for the cache: set {VARIABLE} to a directory. ({error})"
-        ) from error
+        raise BuildError(f"No home directory for the cache: set {VARIABLE} to a directory. ({error})") from error
 
 
 def key_of(content: Mapping[str, object]) -> str:

@@ -172,7 +172,5 @@ def _compile(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> Any:
     except Exception as error:  # TVM raises whatever class its C++ code named
         raise BuildError(f"TVM could not compile {name} for {target}: {error}") from error
     if compiled.imports:
-        raise BuildError(
-            f"TVM compiled {name} for {target} to more than CPU code, which cannot be linked here."
-        )
+        raise BuildError(f"TVM compiled {name} for {target} to more than CPU code, which cannot be linked here.")
     return compiled

@@ -68,9 +68,7 @@ def link(code: Path, library: Path) -> None:
     unknown = set(re.findall(rb"__TVM\w+", code.read_bytes())) - _HOOKS
     if unknown:
         names = ", ".join(sorted(name.decode() for name in unknown))
-        raise BuildError(
-            f"Compiled code calls {names} of libtvm_runtime, which {ADDON.name} does not replace."
-        )
+        raise BuildError(f"Compiled code calls {names} of libtvm_runtime, which {ADDON.name} does not replace.")
     compiler = find_compiler()
     _call([*compiler, *LINK_FLAGS, "-o", str(library), str(code), str(_addon_object(compiler))])
 

@@ -48,8 +48,8 @@ def tuning_workload(config: AttentionConfig) -> tvm.tirx.PrimFunc:
 def lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
     """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, scheduled.
 
-    Batch, heads and lengths are read from the arguments of each call. The attention function follows the tuned record of
-    `config` for this target if one is shipped, else the default schedule.
+    Batch, heads and lengths are read from the arguments of each call. The attention function follows the tuned record
+    of `config` for this target if one is shipped, else the default schedule.
 
     Parameters
     ----------

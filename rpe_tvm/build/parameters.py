@@ -37,12 +37,11 @@ def relax_parameters(function: tvm.tirx.PrimFunc, strided: frozenset[str]) -> tv
         return len(nodes) - 1
 
     def field(node: dict[str, Any], name: str) -> dict[str, Any]:
-        return nodes[node["data"][name]]
+        found: dict[str, Any] = nodes[node["data"][name]]
+        return found
 
     int64 = next(
-        i
-        for i, node in enumerate(nodes)
-        if node["type"] == "ir.PrimType" and node["data"]["dtype"] == "int64"
+        i for i, node in enumerate(nodes) if node["type"] == "ir.PrimType" and node["data"]["dtype"] == "int64"
     )
     one = add("ir.IntImm", {"span": 0, "ty": int64, "value": add("int", 1)})
     for parameter in (nodes[index] for index in field(nodes[graph["root_index"]], "params")["data"]):

@@ -53,7 +53,8 @@ class Record:
             tuned.trace.apply_to_schedule(sch, remove_postproc=False)
         except (tvm.error.InternalError, tvm.s_tir.ScheduleError, RuntimeError, ValueError) as error:
             raise TuningError(
-                f"The tuned record of {self.config.name} does not replay: {error}. Tune again: python scripts/tune_x86.py."
+                f"The tuned record of {self.config.name} does not replay: {error}. "
+                "Tune again: python scripts/tune_x86.py."
             ) from error
 
     def to_json(self) -> dict[str, Any]:
@@ -104,8 +105,7 @@ def record_json(sch: Schedule, workload: tvm.tirx.PrimFunc, seconds: Sequence[fl
     """Return MetaSchedule's JSON of a tuning record for a schedule of `workload` and its measured seconds."""
     holder = ms.database.Workload(tvm.IRModule({"main": workload}))
     record = ms.database.TuningRecord(sch.trace, holder, list(seconds), None, None)
-    plain = _plain(record.as_json())
-    assert isinstance(plain, list)
+    plain: list[Any] = _plain(record.as_json())
     return plain
 
 

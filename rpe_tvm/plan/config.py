@@ -79,4 +79,5 @@ class AttentionConfig:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> AttentionConfig:
         """Return the config that `to_json` wrote."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)

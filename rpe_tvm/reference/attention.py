@@ -155,9 +155,7 @@ def attention_rows(
     if rows.ndim != 1:
         raise ShapeError(f"Invalid shape of rows: expected [r], got {list(rows.shape)}; pass a flat list")
     if np.any((rows < 0) | (rows >= n_q)):
-        raise ValueError(
-            f"Invalid rows: expected 0 .. {n_q - 1}, got {rows.min()} .. {rows.max()}; query has {n_q}"
-        )
+        raise ValueError(f"Invalid rows: expected 0 .. {n_q - 1}, got {rows.min()} .. {rows.max()}; query has {n_q}")
     phi_q, phi_k = _features(query[:, :, rows], key, projection, feature_map)
     c = weights(rpe_bias, n_q, is_causal)
     out = np.empty((batch, heads, rows.size, value.shape[3]))

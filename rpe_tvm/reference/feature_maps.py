@@ -72,9 +72,7 @@ def nprf(x: npt.ArrayLike, projection: npt.ArrayLike) -> Array:
 def _checked(x: npt.ArrayLike, projection: npt.ArrayLike) -> tuple[Array, Array]:
     x, projection = as_float64("x", x), as_float64("projection", projection)
     if x.ndim < 2:
-        raise ShapeError(
-            f"Invalid shape of x: expected [..., n, d], got {list(x.shape)}; add an axis for positions"
-        )
+        raise ShapeError(f"Invalid shape of x: expected [..., n, d], got {list(x.shape)}; add an axis for positions")
     advice = "its last axis is that of the queries and keys, and every head shares it"
     check_shape("projection", projection, ("m", x.shape[-1]), advice)
     if projection.size == 0:

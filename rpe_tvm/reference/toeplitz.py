@@ -14,9 +14,7 @@ def as_float64(name: str, array: npt.ArrayLike) -> Array:
     """`array` as float64; complex numbers are refused, for their imaginary part would be lost."""
     found = np.asarray(array)
     if found.dtype.kind not in "fiub":
-        raise DTypeError(
-            f"Invalid dtype of {name}: expected real numbers, got {found.dtype}; convert it first"
-        )
+        raise DTypeError(f"Invalid dtype of {name}: expected real numbers, got {found.dtype}; convert it first")
     return found.astype(np.float64, copy=False)
 
 
@@ -129,9 +127,7 @@ def toeplitz_fft(c: npt.ArrayLike, x: npt.ArrayLike, n_q: int) -> Array:
 def _checked(c: npt.ArrayLike, x: npt.ArrayLike, n_q: int) -> tuple[Array, Array]:
     c, x = as_float64("c", c), as_float64("x", x)
     if n_q < 0:
-        raise ShapeError(
-            f"Invalid n_q: expected a length of at least 0, got {n_q}; pass the number of queries"
-        )
+        raise ShapeError(f"Invalid n_q: expected a length of at least 0, got {n_q}; pass the number of queries")
     check_shape("x", x, ("B", "H", "n_k", "channels"), "add axes for batch, heads or channels")
     heads, n_k = x.shape[1:3]
     advice = f"x has {heads} heads and {n_k} keys, and one weight is needed for each offset j - i"

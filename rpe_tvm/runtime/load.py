@@ -130,9 +130,7 @@ def _check(directory: Path) -> _Candidate:
     for package, installed in (("apache-tvm-ffi", tvm_ffi.__version__), ("rpe_tvm", __version__)):
         built = versions.get(package, "unknown")
         if _minor(built) != _minor(installed):
-            raise _Unfit(
-                f"built with {package} {built}, installed is {installed} (both must be {_minor(installed)}.*)"
-            )
+            raise _Unfit(f"built with {package} {built}, installed is {installed} (both must be {_minor(installed)}.*)")
     have = cpu_flags()
     if not needed <= have:
         lacking = ", ".join(sorted(needed - have)) if have else "flags in /proc/cpuinfo, which cannot be read"
@@ -169,7 +167,5 @@ def _open(candidate: _Candidate) -> Instance:
         hint = ""
         if "libgomp" in str(error):
             hint = " Install the OpenMP runtime (Debian and Ubuntu: apt install libgomp1)."
-        raise ArtefactError(
-            f"Could not open the compiled operator {library.parent}:", [f"{error}{hint}"]
-        ) from error
+        raise ArtefactError(f"Could not open the compiled operator {library.parent}:", [f"{error}{hint}"]) from error
     return Instance.of(candidate.config, functions)

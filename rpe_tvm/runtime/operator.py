@@ -307,9 +307,7 @@ def as_tensor(name: str, array: Any, *, writable: bool = False) -> tvm_ffi.Tenso
         method = getattr(array, resolve, None)
         resolved = array if method is None else method()
         if writable and resolved is not array:
-            raise ValueError(
-                f"Invalid {name}: expected plain memory, got a lazily conjugated or negated tensor."
-            )
+            raise ValueError(f"Invalid {name}: expected plain memory, got a lazily conjugated or negated tensor.")
         array = resolved
     try:
         tensor = tvm_ffi.from_dlpack(array)
@@ -321,13 +319,9 @@ def as_tensor(name: str, array: Any, *, writable: bool = False) -> tvm_ffi.Tenso
     if not _is_float32(dtype):
         raise _dtype_error(name, dtype)
     if tensor.device.type != "cpu":
-        raise ValueError(
-            f"Invalid device of {name}: expected the CPU, got {tensor.device}. Copy it to the CPU first."
-        )
+        raise ValueError(f"Invalid device of {name}: expected the CPU, got {tensor.device}. Copy it to the CPU first.")
     if tensor.data_ptr() == 0 and tensor.numel() != 0:
-        raise ValueError(
-            f"Invalid {name}: expected an array with data, got a {type(array).__name__} without."
-        )
+        raise ValueError(f"Invalid {name}: expected an array with data, got a {type(array).__name__} without.")
     return tensor
 
 
@@ -368,8 +362,7 @@ def _check_out(out: tvm_ffi.Tensor, shape: Sequence[int], value: tvm_ffi.Tensor)
     strides = tuple(out.strides)
     if strides[-1] != 1 or any(s == 0 for n, s in zip(shape, strides, strict=True) if n > 1):
         raise ShapeError(
-            f"Invalid strides of out: expected distinct elements and a contiguous last axis, got "
-            f"{list(strides)}."
+            f"Invalid strides of out: expected distinct elements and a contiguous last axis, got {list(strides)}."
         )
     if np.shares_memory(np.from_dlpack(out), np.from_dlpack(value)):
         raise ValueError("Invalid out: expected memory of its own, got memory that value uses too.")

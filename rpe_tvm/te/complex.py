@@ -97,7 +97,13 @@ def _dft5(x: Sequence[Complex], sign: int) -> list[Complex]:
     even2 = add(x[0], add(scale(sum14, cos2), scale(sum23, cos1)))
     odd1 = times_i(add(scale(diff14, sin1), scale(diff23, sin2)), sign)
     odd2 = times_i(sub(scale(diff14, sin2), scale(diff23, sin1)), sign)
-    return [add(x[0], add(sum14, sum23)), add(even1, odd1), add(even2, odd2), sub(even2, odd2), sub(even1, odd1)]
+    return [
+        add(x[0], add(sum14, sum23)),
+        add(even1, odd1),
+        add(even2, odd2),
+        sub(even2, odd2),
+        sub(even1, odd1),
+    ]
 
 
 def _dft4(x: Sequence[Complex], sign: int) -> list[Complex]:

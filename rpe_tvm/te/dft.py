@@ -19,6 +19,8 @@ from rpe_tvm.te.complex import Complex, Expr
 # Radices that are made of two: the first factor's butterflies stay in registers.
 COMPOSITE = {8: (2, 4)}
 
+Index = tuple[Expr, ...]
+
 # (leading indices, batch, q, s, lane) -> input s * (size / radix) + q of the transform
 LoadForward = Callable[[tuple[Expr, ...], Expr, Expr, int, Expr], Complex]
 # (leading indices, batch, position in digit order, lane) -> input of the inverse transform
@@ -44,11 +46,13 @@ class Tables:
         return cx.load_flat(self.tensor, self.layout.parity + 2 * position)
 
 
-def _butterfly(name: str, lead: Sequence[Expr], radix: int, lanes: int, sign: int, load: Callable[..., Complex]):
+def _butterfly(
+    name: str, lead: Sequence[Expr], radix: int, lanes: int, sign: int, load: Callable[[Index, int, Expr], Complex]
+) -> Callable[[Index, Expr], list[Complex]]:
     """Return the function (indices of `lead`, lane) -> DFT of the `radix` values `load(indices, s, lane)`.
 
-    A composite radix has a stage of its own for its first factor, `<name>_first`, which schedules keep in registers: the
-    expressions of a whole radix 8 at once are so large that compilers lose the common parts.
+    A composite radix has a stage of its own for its first factor, `<name>_first`, which schedules keep in registers:
+    the expressions of a whole radix 8 at once are so large that compilers lose the common parts.
     """
     rank = len(lead)
     if radix not in COMPOSITE:
@@ -95,7 +99,14 @@ def forward(
     for number, (size, radix) in enumerate(stage_sizes(radices)):
         rest = size // radix
 
-        def load_stage(index, s, lane, previous=result, rest=rest, before=radices[number - 1]):
+        def load_stage(
+            index: Index,
+            s: int,
+            lane: Expr,
+            previous: te.Tensor = result,
+            rest: int = rest,
+            before: int = radices[number - 1],
+        ) -> Complex:
             where, (b, block, q) = index[:rank], index[rank:]
             if previous is None:
                 return load(where, b, q, s, lane)
@@ -104,7 +115,13 @@ def forward(
         shape = (*lead, batch, blocks, rest)
         butterfly = _butterfly(f"{name}{number}", shape, radix, lanes, -1, load_stage)
 
-        def stage(*index: Expr, butterfly=butterfly, rest=rest, radix=radix, size=size) -> Expr:
+        def stage(
+            *index: Expr,
+            butterfly: Callable[[Index, Expr], list[Complex]] = butterfly,
+            rest: int = rest,
+            radix: int = radix,
+            size: int = size,
+        ) -> Expr:
             *at, t, c, lane = index
             where, (b, block, q) = tuple(at[:rank]), at[rank:]
             y = butterfly(tuple(at), lane)
@@ -140,7 +157,14 @@ def inverse(
         rest = size // radix
         blocks //= radix
 
-        def load_stage(index, t, lane, previous=result, radix=radix, size=size):
+        def load_stage(
+            index: Index,
+            t: int,
+            lane: Expr,
+            previous: te.Tensor = result,
+            radix: int = radix,
+            size: int = size,
+        ) -> Complex:
             where, (b, block, q) = index[:rank], index[rank:]
             if previous is None:
                 return load(where, b, block * radix + t, lane)
@@ -152,7 +176,7 @@ def inverse(
         shape = (*lead, batch, blocks, rest)
         butterfly = _butterfly(f"{name}{number}", shape, radix, lanes, +1, load_stage)
 
-        def stage(*index: Expr, butterfly=butterfly) -> Expr:
+        def stage(*index: Expr, butterfly: Callable[[Index, Expr], list[Complex]] = butterfly) -> Expr:
             *at, s, c, lane = index
             return cx.part(c, cx.choose(s, butterfly(tuple(at), lane)))
 

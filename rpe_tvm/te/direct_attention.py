@@ -1,6 +1,7 @@
 """Kernelized attention with RPE by tiles: ((phi_q phi_k^T) * C) value, normalised, without any n x n array.
 
-No maximum is tracked as in softmax attention: features are positive numbers of moderate size and the weights are at most 1.
+No maximum is tracked as in softmax attention: features are positive numbers of moderate size and the weights are at
+most 1.
 Source: Luo et al. 2021, Eq. 10, multiplied out.
 """
 
@@ -11,6 +12,7 @@ from tvm import te, tirx
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
+from rpe_tvm.te.complex import Expr
 from rpe_tvm.te.shapes import Sizes, at_position, feature_buffer
 
 
@@ -59,7 +61,7 @@ def direct_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         "weighted",
     )
 
-    def pack(b, h, bj, j, vector, lane):
+    def pack(b: Expr, h: Expr, bj: Expr, j: Expr, vector: Expr, lane: Expr) -> Expr:
         # past the end the last position again, whose weight is zero: a bound instead of a branch
         position, channel = tirx.min(bj * tile_k + j, n_key - 1), vector * lanes + lane
         if vectors * lanes == d:
@@ -103,7 +105,7 @@ def direct_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         "denominator",
     )
 
-    def normalised(b, h, i, channel):
+    def normalised(b: Expr, h: Expr, i: Expr, channel: Expr) -> Expr:
         # n_q never exceeds the bucket; the remainder tells TVM so, which could not prove that tile i // tile_q exists
         at = (b, h, i // tile_q % blocks_q, i % tile_q)
         return sums[(*at, channel // lanes, channel % lanes)] / denominator[at]

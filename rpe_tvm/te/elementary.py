@@ -9,7 +9,14 @@ from tvm import tirx
 from rpe_tvm.te.complex import Expr, real
 
 # exp(r) on |r| <= ln(2)/2: minimax polynomial of degree 6 of the Cephes library's expf.
-_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _LARGEST, _SMALLEST = 88.3762626647949, -87.3365478515625
 

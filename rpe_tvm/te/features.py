@@ -9,6 +9,7 @@ from tvm import te, tirx
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
+from rpe_tvm.te.complex import Expr
 from rpe_tvm.te.elementary import exp
 from rpe_tvm.te.shapes import Sizes
 
@@ -42,7 +43,7 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
     projection = te.placeholder((cx.int64(m), cx.int64(d)), cx.FLOAT, "projection")
     blocks = sizes.blocks
 
-    def transpose(b, h, block, k, i):
+    def transpose(b: Expr, h: Expr, block: Expr, k: Expr, i: Expr) -> Expr:
         # past the end the last position again: a bound instead of a branch; `activate` makes zeros of them
         return x[b, h, tirx.min(block * BLOCK + i, n - 1), k]
 
@@ -60,7 +61,7 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
         "logits",
     )
 
-    def activate(b, h, f, block, i):
+    def activate(b: Expr, h: Expr, f: Expr, block: Expr, i: Expr) -> Expr:
         at = (b, h, block)
         position = block * BLOCK + i
         norm, logit = square[(*at, i)], logits[(*at, f, i)]

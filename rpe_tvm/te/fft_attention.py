@@ -74,7 +74,7 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         return element if channels % (2 * lanes) == 0 else tirx.if_then_else(ch < channels, element, cx.real(0.0))
 
     def packed(source: te.Tensor, name: str, groups: int, channels: int, feature_major: bool) -> te.Tensor:
-        def pack(b, h, g, p, n2, q, s, c, lane):
+        def pack(b: Expr, h: Expr, g: Expr, p: Expr, n2: Expr, q: Expr, s: Expr, c: Expr, lane: Expr) -> Expr:
             position = split.position(n2, q, s)
 
             def element(part: int) -> Expr:
@@ -86,9 +86,7 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
 
             return cx.part(c, turn(p, position, (element(0), element(1))))
 
-        return cx.compute(
-            (sizes.batch, sizes.heads, groups, 2, split.n2, split.q, split.s, 2, lanes), pack, name
-        )
+        return cx.compute((sizes.batch, sizes.heads, groups, 2, split.n2, split.q, split.s, 2, lanes), pack, name)
 
     # Denominator: the same product with the features of k as lanes, 1/d of the work.
     feature_groups = lane_groups(m, lanes)
@@ -104,14 +102,12 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
     part_axis = te.reduce_axis((cx.int64(0), cx.int64(2)), "part")
 
-    def partial_denominator(b, h, g, n2, q, s):
+    def partial_denominator(b: Expr, h: Expr, g: Expr, n2: Expr, q: Expr, s: Expr) -> Expr:
         position = split.position(n2, q, s)
         both = [[weighted_key[b, h, g, p, n2, 0, q, s, k, lane_axis] for k in (0, 1)] for p in (0, 1)]
         weighted = cx.part(part_axis, turn_back(position, [(x[0], x[1]) for x in both]))
         ch = channel(g, part_axis, lane_axis)
-        return te.sum(
-            existing(ch, m, at_position(phi_q, b, h, ch, position)) * weighted, axis=[part_axis, lane_axis]
-        )
+        return te.sum(existing(ch, m, at_position(phi_q, b, h, ch, position)) * weighted, axis=[part_axis, lane_axis])
 
     denominator = cx.compute(
         (sizes.batch, sizes.heads, feature_groups, split.n2, split.q, split.s),
@@ -149,13 +145,11 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
 
     inverse_denominator = cx.compute(
         (sizes.batch, sizes.heads, length),
-        lambda b, h, i: (
-            cx.real(1.0) / sum(denominator[(b, h, g, *split.packed(i))] for g in range(feature_groups))
-        ),
+        lambda b, h, i: cx.real(1.0) / sum(denominator[(b, h, g, *split.packed(i))] for g in range(feature_groups)),
         "inverse_denominator",
     )
 
-    def normalised(b, h, i, ch):
+    def normalised(b: Expr, h: Expr, i: Expr, ch: Expr) -> Expr:
         # i < P always; the remainder tells the schedule so where n_q is symbolic
         position = i % length
         at = split.packed(position)

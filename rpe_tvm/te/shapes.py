@@ -41,7 +41,11 @@ def fixed(config: AttentionConfig, batch: int, heads: int) -> Sizes:
 
 def feature_buffer(config: AttentionConfig, sizes: Sizes, name: str) -> te.Tensor:
     """Return the placeholder of features `[B, H, m, blocks, 64]`: a row of positions for each feature."""
-    return te.placeholder((sizes.batch, sizes.heads, cx.int64(config.num_features), sizes.blocks, cx.int64(BLOCK)), cx.FLOAT, name)
+    return te.placeholder(
+        (sizes.batch, sizes.heads, cx.int64(config.num_features), sizes.blocks, cx.int64(BLOCK)),
+        cx.FLOAT,
+        name,
+    )
 
 
 def at_position(buffer: te.Tensor, batch: Any, head: Any, feature: Any, position: Any) -> Any:

@@ -101,9 +101,7 @@ def circulant_product(
         at = (*where, k1, k2 // radix2, 0, k2 % radix2)
         return rows[(*at, 0, lane)], rows[(*at, 1, lane)]
 
-    back_rows = dft.inverse(
-        f"{name}_back_rows", config.inner, lead, split.n1, config.lanes, tables, load_back_row
-    )
+    back_rows = dft.inverse(f"{name}_back_rows", config.inner, lead, split.n1, config.lanes, tables, load_back_row)
     rest = split.n2 // config.inner[0]
 
     def load_back_column(where: tuple[Expr, ...], n2: Expr, k1: Expr, lane: Expr) -> Complex:
@@ -111,6 +109,4 @@ def circulant_product(
         value = back_rows[(*at, 0, lane)], back_rows[(*at, 1, lane)]
         return cx.mul_conj(value, tables.split(n2, k1, split.n1))
 
-    return dft.inverse(
-        f"{name}_back_columns", config.outer, lead, split.n2, config.lanes, tables, load_back_column
-    )
+    return dft.inverse(f"{name}_back_columns", config.outer, lead, split.n2, config.lanes, tables, load_back_column)

@@ -1,12 +1,14 @@
 """From rpe_bias to the table of Toeplitz weights that an attention operator reads.
 
-c[t] = exp(b[t] - max b), t = j - i, for -(n_q - 1) <= t <= n_k - 1; zero elsewhere and, where causal, for t > 0. Subtracting the
-largest allowed b of a head cancels between numerator and denominator. Source: Luo et al. 2021, Eqs. 11-13.
+c[t] = exp(b[t] - max b), t = j - i, for -(n_q - 1) <= t <= n_k - 1; zero elsewhere and, where causal, for t > 0.
+Subtracting the largest allowed b of a head cancels between numerator and denominator.
+Source: Luo et al. 2021, Eqs. 11-13.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from tvm import te, tirx
 
@@ -21,7 +23,7 @@ from rpe_tvm.te.shapes import Sizes
 from rpe_tvm.te.toeplitz import split_of
 
 
-def _exp_bias(sizes: Sizes, bias: te.Tensor, causal: Expr):
+def _exp_bias(sizes: Sizes, bias: te.Tensor, causal: Expr) -> Callable[[Expr, Expr], Expr]:
     """Return the function (head, offset t) -> c[t]."""
     count = sizes.n_query + sizes.n_key - 1
     offset = te.reduce_axis((cx.int64(0), count), "offset")
@@ -111,7 +113,7 @@ def fft_weights(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     )
     radix = config.inner[-1]
 
-    def ordered(h, p, position, c):
+    def ordered(h: Expr, p: Expr, position: Expr, c: Expr) -> Expr:
         k1, k2 = position // split.n2, position % split.n2
         return rows[h, p, 0, k2 // radix, 0, k2 % radix, c, k1]
 

@@ -73,8 +73,7 @@ class KernelizedAttention(nn.Module):
         for name, x in (("query", query), ("key", key)):
             if x.dim() != 4 or x.shape[1] != self.num_heads or x.shape[3] != self.head_dim:
                 raise ShapeError(
-                    f"Invalid shape of {name}: expected [B, {self.num_heads}, n, {self.head_dim}], got "
-                    f"{list(x.shape)}."
+                    f"Invalid shape of {name}: expected [B, {self.num_heads}, n, {self.head_dim}], got {list(x.shape)}."
                 )
         n_q, n_k = query.shape[2], key.shape[2]
         if max(n_q, n_k) > self.max_length:

@@ -37,9 +37,7 @@ def _check_tensor(name: str, x: Tensor, dims: str) -> None:
             "CPUs so far: move it with .cpu()."
         )
     if x.dtype != torch.float32:
-        raise DTypeError(
-            f"Invalid dtype of {name}: expected torch.float32, got {x.dtype}. Convert it with .float()."
-        )
+        raise DTypeError(f"Invalid dtype of {name}: expected torch.float32, got {x.dtype}. Convert it with .float().")
     if x.dim() != dims.count(",") + 1:
         raise ShapeError(f"Invalid shape of {name}: expected {dims}, got {list(x.shape)}.")
 
@@ -67,17 +65,13 @@ def check_inputs(
         )
     if key.shape[0] != batch or key.shape[1] != heads or key.shape[3] != head_dim:
         raise ShapeError(
-            f"Invalid shape of key: expected [{batch}, {heads}, n_k, {head_dim}] as query has, got "
-            f"{list(key.shape)}."
+            f"Invalid shape of key: expected [{batch}, {heads}, n_k, {head_dim}] as query has, got {list(key.shape)}."
         )
     if value.shape != key.shape:
-        raise ShapeError(
-            f"Invalid shape of value: expected {list(key.shape)} as key has, got {list(value.shape)}."
-        )
+        raise ShapeError(f"Invalid shape of value: expected {list(key.shape)} as key has, got {list(value.shape)}.")
     if projection.shape[1] != head_dim:
         raise ShapeError(
-            f"Invalid shape of projection: expected [m, {head_dim}] for this query, got "
-            f"{list(projection.shape)}."
+            f"Invalid shape of projection: expected [m, {head_dim}] for this query, got {list(projection.shape)}."
         )
     offsets = max(n_q + n_k - 1, 0)
     if rpe_bias.shape[0] != heads or rpe_bias.shape[1] != offsets:

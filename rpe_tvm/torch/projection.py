@@ -48,9 +48,7 @@ def gaussian_projection(
         ``[m, d]``, float32, on the CPU.
     """
     _check_sizes(num_features, head_dim)
-    rows = torch.randn(
-        num_features, head_dim, dtype=torch.float64, device="cpu", generator=_generator(seed, generator)
-    )
+    rows = torch.randn(num_features, head_dim, dtype=torch.float64, device="cpu", generator=_generator(seed, generator))
     return rows.to(torch.float32)
 
 

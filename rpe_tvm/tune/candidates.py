@@ -16,9 +16,7 @@ def candidates(target: TargetSpec, length: int, num_features: int, head_dim: int
     found: list[AttentionConfig] = []
     if length <= DIRECT_LONGEST:
         lanes = target.lanes
-        found += [
-            AttentionConfig(num_features, head_dim, length, "direct", tile=tile, lanes=lanes) for tile in TILES
-        ]
+        found += [AttentionConfig(num_features, head_dim, length, "direct", tile=tile, lanes=lanes) for tile in TILES]
     if length >= FFT_SHORTEST:
         for lanes in sorted({8, target.lanes}):
             if head_dim % (2 * lanes):

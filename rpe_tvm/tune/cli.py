@@ -54,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--threads", type=int, default=2, help="OpenMP threads to time with (default 2)")
     options.add_argument("--resume", action="store_true", help="go on with the run in --work-dir")
     options.add_argument("--work-dir", type=Path, default=Path("tuning_work"), help="databases (default tuning_work)")
-    options.add_argument("--logs", type=Path, default=wisdom.LOGS, help="tuning logs to add to (default: the package's)")
+    options.add_argument(
+        "--logs", type=Path, default=wisdom.LOGS, help="tuning logs to add to (default: the package's)"
+    )
     return options
 
 

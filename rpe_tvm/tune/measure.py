@@ -1,7 +1,7 @@
 """Times compiled attention functions in a process of its own: `python -m rpe_tvm.tune.measure JOB.json`.
 
-A process of its own, because a bad candidate may crash, and without tvm, because that is how libraries are used. The job
-names libraries, a file of `tune.inputs`, threads and seconds; the answer is one JSON line on standard output.
+A process of its own, because a bad candidate may crash, and without tvm, because that is how libraries are used. The
+job names libraries with files of `tune.inputs`, threads and seconds; the answer is one JSON line on standard output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def _main(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     files = {path: np.load(path) for path in {inputs for _, inputs in job["contestants"]}}
     arguments = {path: [aligned(file[f"argument{k}"]) for k in range(5)] for path, file in files.items()}
-    calls, answers = [], []
+    calls: list[Callable[[], Any]] = []
+    answers: list[dict[str, Any]] = []
     for library, inputs in job["contestants"]:
         function, arrays, file = tvm_ffi.load_module(library)["main"], arguments[inputs], files[inputs]
         out = aligned_empty(arrays[2].shape)
@@ -106,13 +107,13 @@ def _main(job: dict[str, Any]) -> list[dict[str, Any]]:
         calls.append(call)
         answers.append({"seconds": [], "error": error, "failure": failure})
     for _ in range(ROUNDS):
-        for call, answer in zip(calls, answers, strict=True):
+        for timed, answer in zip(calls, answers, strict=True):
             if answer["failure"]:
                 continue
             best, start = float("inf"), time.perf_counter()
             while True:
                 before = time.perf_counter()
-                call()
+                timed()
                 now = time.perf_counter()
                 best = min(best, now - before)
                 if now - start > job["seconds"] / ROUNDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -43,7 +44,12 @@ class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
         self.first_error = ""
 
     def apply(
-        self, task_scheduler: Any, task_id: int, measure_candidates: Any, builder_results: Any, runner_results: Any
+        self,
+        task_scheduler: Any,
+        task_id: int,
+        measure_candidates: Any,
+        builder_results: Any,
+        runner_results: Any,
     ) -> None:
         for built, run in zip(builder_results, runner_results, strict=True):
             error = built.error_msg or run.error_msg
@@ -130,7 +136,7 @@ def search(
         postprocs=[],
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},
     )
-    try:
+    with contextlib.suppress(_TimeIsUp):
         ms.tune_tir(
             tvm.IRModule({"main": tuning_workload(config)}),
             target,
@@ -147,8 +153,6 @@ def search(
             num_tuning_cores=cores,
             seed=1,
         )
-    except _TimeIsUp:
-        pass
     records = valid_records(database)
     if not records:
         raise TuningError(

@@ -107,7 +107,10 @@ def tune(run: Run, *, resume: bool) -> None:
 def _publish(run: Run, result: dict[str, Any]) -> None:
     fields = result["record"]
     record = records.Record(
-        AttentionConfig.from_json(fields["config"]), fields["workload_hash"], fields["record"], fields["provenance"]
+        AttentionConfig.from_json(fields["config"]),
+        fields["workload_hash"],
+        fields["record"],
+        fields["provenance"],
     )
     store.publish(run.logs / run.target.id / "attention", result["entry"], record, result["where"])
 
@@ -218,5 +221,8 @@ def _record(run: Run, config: AttentionConfig, sch: Schedule, timing: Timing, tr
     workload = tuning_workload(config)
     provenance = {**store.environment(str(to_tvm(run.target)), run.threads), "trials": trials}
     return records.Record(
-        config, records.workload_hash(workload), records.record_json(sch, workload, timing.seconds), provenance
+        config,
+        records.workload_hash(workload),
+        records.record_json(sch, workload, timing.seconds),
+        provenance,
     )

@@ -22,7 +22,7 @@ from rpe_tvm.tune.measure import Contestant, measure
 def main(logs: Path = wisdom.LOGS) -> int:
     """Verify all logs and print a line for each record.
 
-    Hashes are compared with the manifest, the trace is replayed on the symbolic function, and on a CPU that can run the target
+    Hashes are compared with the manifest, the trace is replayed on the symbolic function, and on the CPU of the record
     the compiled function is compared with float64. Returns the number of faulty records, at most 1.
     """
     faults = count = 0

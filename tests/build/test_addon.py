@@ -78,9 +78,7 @@ def test_hooks_are_hidden_and_nothing_of_libtvm_runtime_is_needed(library: Path)
     symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
     assert "__tvm_ffi_rows" in symbols
     assert "TVMBackend" not in symbols
-    needed = subprocess.run(
-        ["readelf", "-d", str(library)], capture_output=True, text=True, check=True
-    ).stdout
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     assert "libtvm" not in needed
 
 

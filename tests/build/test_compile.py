@@ -176,9 +176,7 @@ def _put_a_file_there(artefact: Path) -> None:
         _put_a_file_there,
     ],
 )
-def test_a_damaged_entry_is_built_again(
-    cache_dir: Path, target: TargetSpec, damage: Callable[[Path], None]
-) -> None:
+def test_a_damaged_entry_is_built_again(cache_dir: Path, target: TargetSpec, damage: Callable[[Path], None]) -> None:
     artefact = _compile(2.0, target)
     damage(artefact)
     for hooks in (cache_dir / "objects").glob("*/addon.o"):
@@ -257,9 +255,10 @@ def test_in_memory_uses_all_cpus_and_pins_nothing(run_python: Run) -> None:
         "print(os.sched_getaffinity(0) == before)"
     )
     unset = ["OMP_NUM_THREADS", "TVM_NUM_THREADS", "TVM_BIND_THREADS"]
-    assert run_python(
-        f"import os\nfor name in {unset}: os.environ.pop(name, None)\n{code}"
-    ).stdout.split() == ["True", "True"]
+    assert run_python(f"import os\nfor name in {unset}: os.environ.pop(name, None)\n{code}").stdout.split() == [
+        "True",
+        "True",
+    ]
 
 
 def test_the_variable_cxx_names_the_compiler(
@@ -306,9 +305,7 @@ def test_what_tvm_cannot_compile(cache_dir: Path, target: TargetSpec) -> None:
     assert cache.entries() == []
 
 
-def test_a_cache_that_cannot_be_written(
-    target: TargetSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_cache_that_cannot_be_written(target: TargetSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RPE_TVM_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(BuildError, match="Could not use the cache at .*Set RPE_TVM_CACHE"):
@@ -338,9 +335,7 @@ def test_versions_that_crash_are_refused(
     if fine:
         check_versions()
         return
-    with pytest.raises(
-        BuildError, match='pip install "apache-tvm==0.27.0.post1" "apache-tvm-ffi==0.1.14.post1"'
-    ):
+    with pytest.raises(BuildError, match='pip install "apache-tvm==0.27.0.post1" "apache-tvm-ffi==0.1.14.post1"'):
         check_versions()
 
 

@@ -38,9 +38,7 @@ def test_dense_and_fft_agree(seed, n_q, n_k, heads, batch, num_features, feature
     dense = reference.attention(**inputs, feature_map=feature_map, is_causal=is_causal)
     fft = reference.attention(**inputs, feature_map=feature_map, is_causal=is_causal, method="fft")
     # The error of a Toeplitz product by FFT is relative to its largest terms, not to each entry.
-    phi_q, phi_k = (
-        getattr(reference, feature_map)(inputs[x], inputs["projection"]) for x in ("query", "key")
-    )
+    phi_q, phi_k = (getattr(reference, feature_map)(inputs[x], inputs["projection"]) for x in ("query", "key"))
     c = reference.weights(inputs["rpe_bias"], n_q, is_causal)
     largest = phi_q.max() * phi_k.max() * num_features * c.sum(axis=-1).max()
     for got, expected, scale in zip(fft[:2], dense[:2], (np.abs(inputs["value"]).max(), 1.0), strict=True):

@@ -29,9 +29,7 @@ def test_unbiased_with_the_papers_variance(name, seed):
         for x in (q, k)
     )
     estimates = np.sum(phi_q * phi_k, axis=-1)
-    x, y = (
-        (q / np.linalg.norm(q), k / np.linalg.norm(k)) if name == "nprf" else (q, k) / np.sqrt(head_dim**0.5)
-    )
+    x, y = (q / np.linalg.norm(q), k / np.linalg.norm(k)) if name == "nprf" else (q, k) / np.sqrt(head_dim**0.5)
     variance = np.expm1(np.sum((x + y) ** 2)) * np.exp(2 * x @ y) / num_features
     assert abs(estimates.mean() - exact_kernel(name, q, k)) < 5 * np.sqrt(variance / draws)
     if name == "nprf":  # the tails of PRF are too heavy for a sharp check of the sample variance
@@ -43,9 +41,7 @@ def test_unbiased_with_the_papers_variance(name, seed):
 def test_nprf_ignores_the_length_of_x(seed, scale):
     rng = np.random.default_rng(seed)
     x, projection = rng.normal(size=(2, 3, 7, 5)), rng.normal(size=(4, 5))
-    np.testing.assert_allclose(
-        reference.nprf(scale * x, projection), reference.nprf(x, projection), rtol=1e-12
-    )
+    np.testing.assert_allclose(reference.nprf(scale * x, projection), reference.nprf(x, projection), rtol=1e-12)
 
 
 def test_formulas_with_plain_numbers():

@@ -94,9 +94,7 @@ def _alter_library(artefact: Path) -> None:
             "built with rpe_tvm 0.9.1, installed is 0.1.0",
         ),
         (
-            lambda a: _edit(
-                a, lambda m: m["target"].update(id="x86_64-future", cpu_features=["avx9", "avx"])
-            ),
+            lambda a: _edit(a, lambda m: m["target"].update(id="x86_64-future", cpu_features=["avx9", "avx"])),
             "compiled for x86_64-future, and this CPU lacks avx9",
         ),
     ],

@@ -47,9 +47,7 @@ def _close(got: Any, expected: Array) -> None:
 @pytest.mark.parametrize("feature_map", ["nprf", "prf"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("n_q", "n_k"), [(20, 20), (1, 1), (1, 30), (50, 7), (64, 64), (65, 3), (2, 96)])
-def test_matches_the_reference(
-    operator: Attention, feature_map: str, is_causal: bool, n_q: int, n_k: int
-) -> None:
+def test_matches_the_reference(operator: Attention, feature_map: str, is_causal: bool, n_q: int, n_k: int) -> None:
     arguments = _arguments(n_q=n_q, n_k=n_k)
     got = operator(*arguments, feature_map=feature_map, is_causal=is_causal)
     assert isinstance(got, np.ndarray) and got.dtype == np.float32
@@ -101,9 +99,7 @@ def test_wrong_dtypes(operator: Attention, argument: int) -> None:
     for dtype in ("float64", "float16", "int32", "bool", "complex64", ">f4"):
         arguments = _arguments()
         arguments[argument] = np.zeros(arguments[argument].shape, dtype)  # type: ignore[assignment]
-        with pytest.raises(
-            DTypeError, match=f"Invalid dtype of {names[argument]}: expected float32, got {dtype}"
-        ):
+        with pytest.raises(DTypeError, match=f"Invalid dtype of {names[argument]}: expected float32, got {dtype}"):
             operator(*arguments)
     for nothing in (None, 1.0, [[1.0]], "text"):
         arguments = _arguments()
@@ -145,17 +141,13 @@ def test_wrong_device_of_torch(operator: Attention) -> None:
         operator(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("batch", "heads", "n_q", "n_k"), [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 0, 0)]
-)
+@pytest.mark.parametrize(("batch", "heads", "n_q", "n_k"), [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 0, 0)])
 def test_nothing_to_compute(operator: Attention, batch: int, heads: int, n_q: int, n_k: int) -> None:
     assert operator(*_arguments(batch, heads, n_q, n_k)).shape == (batch, heads, n_q, D)
 
 
 def test_no_keys(operator: Attention) -> None:
-    with pytest.raises(
-        ShapeError, match=r"Invalid shape of key: expected at least one position.*\[2, 2, 0, 8\]"
-    ):
+    with pytest.raises(ShapeError, match=r"Invalid shape of key: expected at least one position.*\[2, 2, 0, 8\]"):
         operator(*_arguments(n_k=0))
 
 

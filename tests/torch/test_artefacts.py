@@ -91,9 +91,7 @@ layer = KernelizedAttention(2, 8, 96, num_features=3)
 with torch.no_grad():
     print(layer(*torch.randn(3, 1, 2, 80, 8)).isfinite().all().item(), "tvm" in sys.modules)
 """
-    done = run_python(
-        code, RPE_TVM_ARTEFACTS=str(artefacts), PATH="/nowhere", RPE_TVM_CACHE=str(tmp_path / "cache")
-    )
+    done = run_python(code, RPE_TVM_ARTEFACTS=str(artefacts), PATH="/nowhere", RPE_TVM_CACHE=str(tmp_path / "cache"))
     assert done.stdout.split() == ["True", "False"]
     assert not (tmp_path / "cache").exists()
 

@@ -68,9 +68,9 @@ def errors(out, want):
 
 def check(args, feature_map="nprf", is_causal=False):
     out = attend(*args, feature_map, is_causal)
-    want = reference.attention(
-        *(x.numpy() for x in args), feature_map=feature_map, is_causal=is_causal, method="fft"
-    )[2]
+    want = reference.attention(*(x.numpy() for x in args), feature_map=feature_map, is_causal=is_causal, method="fft")[
+        2
+    ]
     rms, largest = errors(out, want)
     peer_rms, peer_largest = errors(torch_fft_attention(*args, feature_map, is_causal), want)
     assert rms <= 2 * peer_rms + FLOOR, f"error {rms:.2e}, the torch.fft formula's {peer_rms:.2e}"
@@ -209,9 +209,7 @@ def test_minus_infinity_in_the_bias_masks_an_offset():
 def test_extreme_biases_cancel():
     query, key, value, rpe_bias, projection = inputs(1000)
     out = attend(query, key, value, rpe_bias + 500, projection)
-    want = reference.attention(*(x.numpy() for x in (query, key, value, rpe_bias, projection)), method="fft")[
-        2
-    ]
+    want = reference.attention(*(x.numpy() for x in (query, key, value, rpe_bias, projection)), method="fft")[2]
     assert max(errors(out, want)) < 1e-4
 
 
@@ -272,9 +270,7 @@ def test_calls_from_several_threads():
     sets = [inputs(n, seed=n) for n in (63, 500, 1000, 63, 900, 1000)]
     want = [attend(*args) for args in sets]
     with ThreadPoolExecutor(4) as pool:
-        got = list(
-            pool.map(lambda a: kernelized_attention(*a[:4], feature_map=NPRF(a[4])), [*sets, *sets, *sets])
-        )
+        got = list(pool.map(lambda a: kernelized_attention(*a[:4], feature_map=NPRF(a[4])), [*sets, *sets, *sets]))
     assert all(torch.equal(x, y) for x, y in zip(got, want * 3, strict=True))
 
 

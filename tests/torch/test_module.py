@@ -13,9 +13,7 @@ B, H, D, LONGEST = 2, 3, 8, 12
 
 
 def layer(**changes):
-    made = KernelizedAttention(
-        **{"num_heads": H, "head_dim": D, "max_length": LONGEST, "num_features": 4, **changes}
-    )
+    made = KernelizedAttention(**{"num_heads": H, "head_dim": D, "max_length": LONGEST, "num_features": 4, **changes})
     with torch.no_grad():
         made.rpe_bias.normal_(generator=torch.Generator().manual_seed(0))
     return made.eval()

@@ -128,15 +128,11 @@ def test_lazy_negation_is_resolved(reference_operator):
     out = operator(lazy(query), lazy(key), lazy(value), lazy(rpe_bias), lazy(projection))
     torch.testing.assert_close(out, expected(query, key, value, rpe_bias, projection))
     assert not any(
-        call[name].is_neg()
-        for call in reference_operator.calls
-        for name in ("query", "key", "value", "rpe_bias")
+        call[name].is_neg() for call in reference_operator.calls for name in ("query", "key", "value", "rpe_bias")
     )
 
 
-@pytest.mark.parametrize(
-    ("n_q", "n_k", "batch", "heads"), [(5, 5, 0, 3), (0, 5, 2, 3), (0, 0, 2, 3), (5, 5, 2, 0)]
-)
+@pytest.mark.parametrize(("n_q", "n_k", "batch", "heads"), [(5, 5, 0, 3), (0, 5, 2, 3), (0, 0, 2, 3), (5, 5, 2, 0)])
 def test_nothing_to_compute(reference_operator, n_q, n_k, batch, heads):
     args = inputs(n_q, n_k, batch, heads)
     assert operator(*args).shape == (batch, heads, n_q, D)
@@ -177,9 +173,7 @@ def test_shapes_are_checked(reference_operator, index, shape, message):
         operator(*replaced(index, torch.zeros(shape)))
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.complex64]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.complex64])
 @pytest.mark.parametrize("index", range(5))
 def test_dtypes_are_checked(reference_operator, index, dtype):
     with pytest.raises(DTypeError, match=rf"expected torch.float32, got {dtype}. Convert it with .float\(\)"):

@@ -1,0 +1,160 @@
+"""A tuning run end to end on a small operator: records, resumption, refusal of wrong candidates, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rpe_tvm import targets
+from rpe_tvm.build import records
+from rpe_tvm.build.lower import TUNING_HEADS, lower, tuning_workload
+from rpe_tvm.errors import TuningError
+from rpe_tvm.plan import wisdom
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.tune import inputs, measure, search, session, store, verify
+from rpe_tvm.tune.builder import build_schedules
+from rpe_tvm.tune.cli import main
+from rpe_tvm.tune.runner import Settings
+
+pytestmark = pytest.mark.compile
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = targets.detect()
+SMALL = ["--lengths", "64", "--features", "8", "--head-dim", "16", "--trials", "4", "--seconds", "60"]
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    """An empty directory of tuning logs, seen by the plan."""
+    monkeypatch.setattr(wisdom, "LOGS", tmp_path / "logs")
+    wisdom.records.cache_clear()
+    yield tmp_path / "logs"
+    wisdom.records.cache_clear()
+
+
+@pytest.fixture
+def run(tmp_path, logs):
+    return session.Run(TARGET, (64,), (8,), 16, 4, 60.0, 1, tmp_path / "work", logs)
+
+
+def options(run):
+    return [*SMALL, "--work-dir", str(run.work_dir), "--logs", str(run.logs)]
+
+
+def test_a_run_ships_a_record_that_lower_finds_and_verify_accepts(run, capfd):
+    assert main(options(run)) == 0
+    assert "4 trials" in capfd.readouterr().out
+    wisdom.records.cache_clear()
+    (entry,) = wisdom.records(TARGET.id)
+    config = wisdom.choose(TARGET.id, 64, 8, 16, TARGET.lanes)
+    assert entry.config == config and 0 < entry.ms <= entry.default_ms
+    schedule = lower(config, TARGET).schedule
+    assert schedule["source"] == "tuned" and schedule["trials"] == 4
+    assert verify.main(run.logs) == 0
+
+    # the work directory is protected; with --resume nothing is measured again
+    assert main(options(run)) == 1
+    assert "Add --resume" in capfd.readouterr().err
+    start = time.monotonic()
+    assert main([*options(run), "--resume"]) == 0
+    assert time.monotonic() - start < 10
+
+    # a record of another version of the tensor expressions is not used, and verify says so
+    path = records.path_of(config, TARGET.id)
+    fields = json.loads(path.read_text())
+    fields["workload_hash"] = "0" * 16
+    store.write_json(path, fields)
+    assert lower(config, TARGET).schedule == {"source": "default"}
+    capfd.readouterr()
+    assert verify.main(run.logs) == 1
+    assert "SHA-256 is not the manifest's" in capfd.readouterr().out
+
+
+def test_a_killed_run_keeps_its_finished_trials(run):
+    command = [sys.executable, str(ROOT / "scripts" / "tune_x86.py"), *options(run)]
+    command[command.index("--trials") + 1] = "400"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        database = run.work_dir / TARGET.id / "n64-m8-d16" / "database" / "database_tuning_record.json"
+        deadline = time.monotonic() + 120
+        while not (database.exists() and database.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    finished = len(search.open_database(database.parent))
+    assert finished > 0
+    assert main([*options(run), "--resume"]) == 0
+    assert len(search.open_database(database.parent)) >= max(finished, 4)
+
+
+def test_wrong_candidates_are_never_timed(tmp_path):
+    config = AttentionConfig(8, 16, 64, "direct", tile=(64, 64), lanes=TARGET.lanes)
+    file = tmp_path / "inputs.npz"
+    inputs.save(config, TUNING_HEADS, file)
+    data = dict(np.load(file))
+    data["expected"] = data["expected"] * 1.001
+    wrong = tmp_path / "wrong.npz"
+    np.savez(wrong, **data)
+    (library,) = build_schedules([session._default(config)], session.tvm_target(_run(tmp_path)), 1)
+    right, refused = measure.measure(
+        [measure.Contestant(library, file), measure.Contestant(library, wrong)], 1, 0.05, 60.0
+    )
+    assert right.best > 0 and right.error < 1e-6 and not right.failure
+    assert "wrong result" in refused.failure and not refused.seconds
+
+
+def _run(tmp_path):
+    return session.Run(TARGET, (64,), (8,), 16, 4, 60.0, 1, tmp_path / "work", tmp_path / "logs")
+
+
+def test_a_crashing_candidate_is_a_failure_with_a_reason(tmp_path):
+    file = tmp_path / "inputs.npz"
+    inputs.save(AttentionConfig(8, 16, 64, "direct", tile=(64, 64), lanes=8), 1, file)
+    (timing,) = measure.measure([measure.Contestant(tmp_path / "missing.so", file)], 1, 0.05, 60.0)
+    assert timing.failure
+
+
+def test_nothing_valid_is_an_error_that_shows_the_first_one(tmp_path, monkeypatch):
+    config = AttentionConfig(8, 16, 64, "direct", tile=(64, 64), lanes=TARGET.lanes)
+    monkeypatch.setattr(measure, "TOLERANCE", -1.0)
+    file = tmp_path / "inputs.npz"
+    inputs.save(config, TUNING_HEADS, file)
+    data = dict(np.load(file))
+    data["expected"] = data["expected"] + 1.0
+    np.savez(file, **data)
+    with pytest.raises(TuningError, match="No candidate of attention-m8-d16-n64 .* First error: wrong result"):
+        search.search(
+            config,
+            session.tvm_target(_run(tmp_path)),
+            tmp_path / "database",
+            trials=2,
+            seconds=60.0,
+            settings=Settings(file, 1, seconds=0.05),
+            progress=lambda done, best: None,
+        )
+
+
+def test_a_missing_compiler_ends_the_script_with_the_build_error(run, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(options(run)) == 1
+    assert "no-such-compiler" in capfd.readouterr().err
+
+
+def test_json_is_written_by_rename(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    store.write_json(path, {"a": 1})
+    assert store.read_json(path) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+    assert store.read_json(tmp_path / "none.json") is None
+
+
+def test_the_workload_hash_is_of_the_workload_alone():
+    config = wisdom.direct_config(8, 16, 64, 8)
+    other = wisdom.direct_config(8, 16, 80, 8)
+    assert records.workload_hash(tuning_workload(config)) == records.workload_hash(tuning_workload(config))
+    assert records.workload_hash(tuning_workload(config)) != records.workload_hash(tuning_workload(other))

@@ -66,19 +66,25 @@ void Raise(void* error) {
   }
 }
 
+// A loop is cut into this many pieces for each thread, and a thread takes the next piece when it has finished one: where
+// another program holds up one core, the others do more.
+constexpr int kPiecesPerThread = 4;
+
 // Runs `task` once for each task_id in [0, number of tasks) and returns 0, or the status of a task that failed.
-// num_task == 0 leaves the number to us: OpenMP's, which torch.set_num_threads sets too. OpenMP may grant fewer threads
-// than asked for, and a task works out its share from the number of tasks, so it is told what was granted. A loop inside
-// a loop runs as one task.
+// num_task == 0 leaves the number to us; the threads are OpenMP's, which torch.set_num_threads sets too. A loop inside a
+// loop runs as one task. There is no barrier between tasks: several may run in one thread, one after the other.
 int ParallelLaunch(ParallelTask task, void* data, int num_task) {
-  const int wanted = num_task > 0 ? num_task : omp_get_max_threads();
-  if (wanted <= 1 || omp_in_parallel()) return RunTask(task, 0, 1, data);
+  const int threads = omp_get_max_threads();
+  if (omp_in_parallel()) return RunTask(task, 0, 1, data);
+  if (num_task <= 0) num_task = threads > 1 ? kPiecesPerThread * threads : 1;
+  std::atomic<int> next{0};
   std::atomic<int> status{0};
   std::atomic<void*> error{nullptr};
-#pragma omp parallel num_threads(wanted)
+#pragma omp parallel num_threads(threads) if (num_task > 1)
   {
-    const int result = RunTask(task, omp_get_thread_num(), omp_get_num_threads(), data);
-    if (result != 0) {
+    for (int task_id; (task_id = next.fetch_add(1)) < num_task;) {
+      const int result = RunTask(task, task_id, num_task, data);
+      if (result == 0) continue;
       status.store(result);
       void* mine = TakeError();
       void* none = nullptr;
@@ -87,13 +93,6 @@ int ParallelLaunch(ParallelTask task, void* data, int num_task) {
   }
   if (status.load() != 0) Raise(error.load());
   return status.load();
-}
-
-int ParallelBarrier(int, ParallelGroup* group) {
-  if (group->num_task > 1) {
-#pragma omp barrier
-  }
-  return 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -217,11 +216,9 @@ int FreeWorkspace(int, int, void* data) {
 #define RPE_TVM_HOOK extern "C" __attribute__((visibility("hidden")))
 
 RPE_TVM_HOOK int (*__TVMBackendParallelLaunch)(ParallelTask, void*, int);
-RPE_TVM_HOOK int (*__TVMBackendParallelBarrier)(int, ParallelGroup*);
 RPE_TVM_HOOK void* (*__TVMBackendAllocWorkspace)(int, int, std::uint64_t, int, int);
 RPE_TVM_HOOK int (*__TVMBackendFreeWorkspace)(int, int, void*);
 
 int (*__TVMBackendParallelLaunch)(ParallelTask, void*, int) = ParallelLaunch;
-int (*__TVMBackendParallelBarrier)(int, ParallelGroup*) = ParallelBarrier;
 void* (*__TVMBackendAllocWorkspace)(int, int, std::uint64_t, int, int) = AllocWorkspace;
 int (*__TVMBackendFreeWorkspace)(int, int, void*) = FreeWorkspace;

@@ -22,7 +22,6 @@ LINK_FLAGS = ("-shared", "-fPIC", "-fopenmp", "-Wl,--strip-debug")
 _HOOKS = frozenset(
     (
         b"__TVMBackendParallelLaunch",
-        b"__TVMBackendParallelBarrier",
         b"__TVMBackendAllocWorkspace",
         b"__TVMBackendFreeWorkspace",
     )

@@ -36,6 +36,7 @@ def make_inputs(n_q, n_k, heads=2, batch=2, num_features=6, head_dim=8, seed=0):
 @pytest.fixture
 def operator(monkeypatch):
     """Puts a plain float32 operator in the place of rpe_tvm.torch; `spoil` changes its results."""
+    monkeypatch.setattr(bench, "TURN_SECONDS", 0.0)  # one call in a turn
     state = types.SimpleNamespace(spoil=lambda out, call: out, calls=0, threads=set())
 
     def kernelized_attention(query, key, value, rpe_bias, *, feature_map, is_causal=False):

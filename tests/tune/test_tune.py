@@ -26,7 +26,7 @@ pytestmark = pytest.mark.compile
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = targets.detect()
-SMALL = ["--lengths", "64", "--features", "8", "--head-dim", "16", "--trials", "4", "--seconds", "60"]
+SMALL = ["--lengths", "64", "--features", "8", "--head-dim", "16", "--trials", "4", "--seconds", "300"]
 
 
 @pytest.fixture
@@ -61,9 +61,10 @@ def test_a_run_ships_a_record_that_lower_finds_and_verify_accepts(run, capfd):
     # the work directory is protected; with --resume nothing is measured again
     assert main(options(run)) == 1
     assert "Add --resume" in capfd.readouterr().err
-    start = time.monotonic()
+    database = run.work_dir / TARGET.id / "n64-m8-d16" / "database" / "database_tuning_record.json"
+    before = database.read_bytes()
     assert main([*options(run), "--resume"]) == 0
-    assert time.monotonic() - start < 10
+    assert database.read_bytes() == before
 
     # a record of another version of the tensor expressions is not used, and verify says so
     path = records.path_of(config, TARGET.id)
@@ -82,7 +83,7 @@ def test_a_killed_run_keeps_its_finished_trials(run):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         database = run.work_dir / TARGET.id / "n64-m8-d16" / "database" / "database_tuning_record.json"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (database.exists() and database.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)

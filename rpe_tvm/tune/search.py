@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -28,10 +27,6 @@ FAILED = 1e9
 Progress = Callable[[int, "float | None"], None]
 
 
-class _TimeIsUp(Exception):
-    """The time budget is spent; every finished record is in the database."""
-
-
 @derived_object
 class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
     """Reports progress after each batch, keeps the first error, and ends the search when the time is up."""
@@ -42,6 +37,7 @@ class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
         self.done = 0
         self.best: float | None = None
         self.first_error = ""
+        self.time_is_up = False
 
     def apply(
         self,
@@ -61,7 +57,8 @@ class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
         self.done += len(builder_results)
         self.progress(self.done, self.best)
         if time.monotonic() > self.deadline:
-            raise _TimeIsUp
+            self.time_is_up = True
+            raise RuntimeError("the time budget is spent")
 
 
 def valid_records(database: Any) -> list[Any]:
@@ -136,7 +133,7 @@ def search(
         postprocs=[],
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},
     )
-    with contextlib.suppress(_TimeIsUp):
+    try:
         ms.tune_tir(
             tvm.IRModule({"main": tuning_workload(config)}),
             target,
@@ -153,6 +150,10 @@ def search(
             num_tuning_cores=cores,
             seed=1,
         )
+    except RuntimeError:
+        # an exception of a callback comes back from TVM as another object: only the flag tells
+        if not watch.time_is_up:
+            raise
     records = valid_records(database)
     if not records:
         raise TuningError(

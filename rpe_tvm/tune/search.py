@@ -133,11 +133,22 @@ def search(
         postprocs=[],
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},
     )
+    # tune_tir would do the same and configure the logging of the whole process anew
+    task = ms.TuneContext(
+        mod=tuning_workload(config),
+        target=target,
+        space_generator=space,
+        search_strategy=strategy,
+        task_name="main",
+        rand_state=1,
+        num_threads=cores,
+        logger=logging.getLogger(__name__),
+    )
     try:
-        ms.tune_tir(
-            tvm.IRModule({"main": tuning_workload(config)}),
-            target,
-            str(directory),
+        ms.tune.tune_tasks(
+            tasks=[task],
+            task_weights=[1.0],
+            work_dir=str(directory),
             max_trials_global=left,
             num_trials_per_iter=min(BATCH, left),
             builder=local_builder(cores),
@@ -145,10 +156,6 @@ def search(
             database=database,
             cost_model=ms.cost_model.XGBModel(num_warmup_samples=2 * BATCH, num_tuning_cores=cores, verbose_eval=0),
             measure_callbacks=callbacks,
-            space=space,
-            strategy=strategy,
-            num_tuning_cores=cores,
-            seed=1,
         )
     except RuntimeError:
         # an exception of a callback comes back from TVM as another object: only the flag tells
@@ -158,6 +165,6 @@ def search(
     if not records:
         raise TuningError(
             f"No candidate of {config.name} ({config.description}) was valid after {watch.done} trials. "
-            f"First error: {watch.first_error or 'none was reported; see ' + str(directory / 'logs')}"
+            f"First error: {watch.first_error or 'none was reported'}"
         )
     return records

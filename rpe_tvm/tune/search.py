@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tvm
@@ -78,6 +81,20 @@ def open_database(directory: Path) -> Any:
     )
 
 
+@contextmanager
+def _without_intrinsics() -> Iterator[None]:
+    # A task context imports all tensor intrinsics, which takes 40 s; our schedules use none of them.
+    name = "tvm.s_tir.tensor_intrin"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def search(
     config: AttentionConfig,
     target: tvm.target.Target,
@@ -134,16 +151,17 @@ def search(
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},
     )
     # tune_tir would do the same and configure the logging of the whole process anew
-    task = ms.TuneContext(
-        mod=tuning_workload(config),
-        target=target,
-        space_generator=space,
-        search_strategy=strategy,
-        task_name="main",
-        rand_state=1,
-        num_threads=cores,
-        logger=logging.getLogger(__name__),
-    )
+    with _without_intrinsics():
+        task = ms.TuneContext(
+            mod=tuning_workload(config),
+            target=target,
+            space_generator=space,
+            search_strategy=strategy,
+            task_name="main",
+            rand_state=1,
+            num_threads=cores,
+            logger=logging.getLogger(__name__),
+        )
     try:
         ms.tune.tune_tasks(
             tasks=[task],

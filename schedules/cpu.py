@@ -240,36 +240,36 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
 
 
 def features(sch: Schedule, config: AttentionConfig) -> None:
-    """Schedule `te.features`: parallel over blocks of 64 positions, which are transposed and projected in L1."""
+    """Schedule `te.features`: parallel over blocks of 64 positions, whose features are transposed in L1."""
     phi = sch.get_sblock("phi")
     b, h, feature, block, i = sch.get_loops(phi)
     sch.reorder(b, h, block, feature, i)
     task = sch.fuse(b, h, block)
     sch.parallel(task)
-    vector, lane = sch.split(i, [None, config.lanes])
-    sch.vectorize(lane)
-    logits = sch.get_sblock("logits")
-    _at(sch, logits, task)
-    square = sch.get_sblock("square")
-    _at(sch, square, task)
-    columns = sch.get_sblock("columns")
-    _at(sch, columns, task)
-    # unrolled, so that LLVM copies scalars: it would gather or scatter vectors, which is slower
-    k, i = sch.get_loops(columns)[-2:]
-    sch.reorder(i, k)
-    sch.unroll(k)
 
-    feature, i, k = sch.get_loops(logits)[-3:]
-    feature_outer, feature_inner = sch.split(feature, [None, 4])
-    vector_outer, vector, lane = sch.split(i, [None, 2, config.lanes])
-    sch.reorder(feature_outer, vector_outer, k, feature_inner, vector, lane)
+    activated = sch.get_sblock("activated")
+    _at(sch, activated, task)
+    vectors = -(-config.num_features // config.lanes)
+    vectors_inner = max(v for v in (1, 2, 4, 8) if vectors % v == 0)
+    i, vector, _ = sch.get_loops(activated)[-3:]
+    i_outer, i_inner = sch.split(i, [None, min(8, 16 // vectors_inner)])  # 16 accumulators
+    vector_outer, vector_inner = sch.split(vector, [None, vectors_inner])
+    sch.reorder(i_outer, vector_outer, i_inner, vector_inner)
+    _vectorize(sch, activated, unrolled=0)
+    scale = sch.get_sblock("scale")
+    _at(sch, scale, i_outer)
+    norm, squares, logits = sch.get_sblock("norm"), sch.get_sblock("squares"), sch.get_sblock("logits")
+    _at(sch, norm, i_outer)
+    _at(sch, squares, i_outer)
+    i, lane, part = sch.get_loops(squares)[-3:]
+    sch.reorder(part, i, lane)
+    _vectorize(sch, squares, unrolled=1)
+    _vectorize(sch, sch.decompose_reduction(squares, part), unrolled=1)
+    _at(sch, logits, vector_outer)
+    i, vector, lane, k = sch.get_loops(logits)[-4:]
+    sch.reorder(k, i, vector, lane)
     _vectorize(sch, logits, unrolled=2)
     _vectorize(sch, sch.decompose_reduction(logits, k), unrolled=2)
-    i, k = sch.get_loops(square)[-2:]
-    sch.reorder(k, i)
-    sch.vectorize(sch.split(i, [None, config.lanes])[1])
-    init = sch.decompose_reduction(square, k)
-    sch.vectorize(sch.get_loops(init)[-1])
 
 
 def direct_weights(sch: Schedule, config: AttentionConfig) -> None:

@@ -1,4 +1,4 @@
-"""Feature maps of query and key: projection and exp as one expression, positions as lanes, features in rows."""
+"""Feature maps of query and key: projection and exp with features as lanes, then a row of positions per feature."""
 
 from __future__ import annotations
 
@@ -37,39 +37,62 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
     list of te.Tensor
         x `[B, H, n, d]`, projection W `[m, d]`, phi `[B, H, m, blocks, 64]`, zero from position n on.
     """
-    m, d = config.num_features, config.head_dim
+    m, d, lanes = config.num_features, config.head_dim, config.lanes
+    vectors = -(-m // lanes)
     batch, heads, n = sizes.batch, sizes.heads, sizes.n_query
     x = te.placeholder((batch, heads, n, cx.int64(d)), cx.FLOAT, "x")
     projection = te.placeholder((cx.int64(m), cx.int64(d)), cx.FLOAT, "projection")
     blocks = sizes.blocks
 
-    def transpose(b: Expr, h: Expr, block: Expr, k: Expr, i: Expr) -> Expr:
-        # past the end the last position again: a bound instead of a branch; `activate` makes zeros of them
+    def row(b: Expr, h: Expr, block: Expr, i: Expr, k: Expr) -> Expr:
+        # past the end the last position again: a bound instead of a branch; `phi` has zeros there
         return x[b, h, tirx.min(block * BLOCK + i, n - 1), k]
 
-    columns = cx.compute((batch, heads, blocks, d, BLOCK), transpose, "columns")
-    k = te.reduce_axis((cx.int64(0), cx.int64(d)), "k")
-    square = cx.compute(
-        (batch, heads, blocks, BLOCK),
-        lambda b, h, block, i: te.sum(columns[b, h, block, k, i] * columns[b, h, block, k, i], axis=k),
-        "square",
+    # rows past m are not used, so any row may stand there
+    weights = cx.compute(
+        (d, vectors, lanes),
+        lambda k, vector, lane: projection[tirx.min(vector * lanes + lane, m - 1), k],
+        "projection_lanes",
     )
-    k2 = te.reduce_axis((cx.int64(0), cx.int64(d)), "k")
+    k = te.reduce_axis((cx.int64(0), cx.int64(d)), "k")
     logits = cx.compute(
-        (batch, heads, blocks, m, BLOCK),
-        lambda b, h, block, f, i: te.sum(projection[f, k2] * columns[b, h, block, k2, i], axis=k2),
+        (batch, heads, blocks, BLOCK, vectors, lanes),
+        lambda b, h, block, i, vector, lane: te.sum(row(b, h, block, i, k) * weights[k, vector, lane], axis=k),
         "logits",
     )
+    part = te.reduce_axis((cx.int64(0), cx.int64(-(-d // lanes))), "part")
 
-    def activate(b: Expr, h: Expr, f: Expr, block: Expr, i: Expr) -> Expr:
-        at = (b, h, block)
-        position = block * BLOCK + i
-        norm, logit = square[(*at, i)], logits[(*at, f, i)]
+    def square_term(b: Expr, h: Expr, block: Expr, i: Expr, lane: Expr) -> Expr:
+        channel = part * lanes + lane
+        entry = row(b, h, block, i, channel if d % lanes == 0 else tirx.min(channel, d - 1))
+        return entry * entry if d % lanes == 0 else tirx.Select(channel < d, entry * entry, cx.real(0.0))
+
+    squares = cx.compute(
+        (batch, heads, blocks, BLOCK, lanes), lambda *at: te.sum(square_term(*at), axis=part), "squares"
+    )
+    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
+    norm = cx.compute((batch, heads, blocks, BLOCK), lambda *at: te.sum(squares[(*at, lane_axis)], axis=lane_axis), "norm")
+    if feature_map == "prf":
+        scale = cx.compute(norm.shape, lambda *at: norm[at] * cx.real(-0.5 * d**-0.5), "scale")
+    else:
+        scale = cx.compute(
+            norm.shape, lambda *at: tirx.Select(norm[at] > 0, cx.real(1.0) / tirx.sqrt(norm[at]), norm[at]), "scale"
+        )
+
+    def activate(b: Expr, h: Expr, block: Expr, i: Expr, vector: Expr, lane: Expr) -> Expr:
+        at = (b, h, block, i)
+        logit = logits[(*at, vector, lane)]
         if feature_map == "prf":
-            exponent = logit * cx.real(d**-0.25) - norm * cx.real(0.5 * d**-0.5)
+            exponent = logit * cx.real(d**-0.25) + scale[at]
         else:
-            exponent = logit * tirx.Select(norm > 0, cx.real(1.0) / tirx.sqrt(norm), norm) - cx.real(0.5)
-        return tirx.Select(position < n, exp(exponent) * cx.real(m**-0.5), cx.real(0.0))
+            exponent = logit * scale[at] - cx.real(0.5)
+        return exp(exponent) * cx.real(m**-0.5)
 
-    phi = cx.compute((batch, heads, m, blocks, BLOCK), activate, "phi")
+    activated = cx.compute((batch, heads, blocks, BLOCK, vectors, lanes), activate, "activated")
+
+    def transpose(b: Expr, h: Expr, f: Expr, block: Expr, i: Expr) -> Expr:
+        entry = activated[b, h, block, i, f // lanes, f % lanes]
+        return tirx.Select(block * BLOCK + i < n, entry, cx.real(0.0))
+
+    phi = cx.compute((batch, heads, m, blocks, BLOCK), transpose, "phi")
     return [x, projection, phi]

@@ -68,7 +68,7 @@ void Raise(void* error) {
 
 // A loop is cut into this many pieces for each thread, and a thread takes the next piece when it has finished one: where
 // another program holds up one core, the others do more.
-constexpr int kPiecesPerThread = 4;
+constexpr int kPiecesPerThread = 2;
 
 // Runs `task` once for each task_id in [0, number of tasks) and returns 0, or the status of a task that failed.
 // num_task == 0 leaves the number to us; the threads are OpenMP's, which torch.set_num_threads sets too. A loop inside a

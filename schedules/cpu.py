@@ -37,6 +37,8 @@ class Choices:
         Neighbouring columns (rows) of the four-step split that one pass transforms.
     row_block : int
         Only `direct`: queries whose output rows are summed in registers.
+    vectors : int
+        Only `direct`: vectors of channels of each of those rows that are summed in registers; divides their number.
     score_rows, score_vectors : int
         Only `direct`: queries, and vectors of keys, whose scores are summed in registers.
     """
@@ -47,6 +49,7 @@ class Choices:
     columns: int = 1
     rows: int = 1
     row_block: int = 4
+    vectors: int = 1
     score_rows: int = 4
     score_vectors: int = 4
 
@@ -57,6 +60,11 @@ def _tile(sch: Schedule, loop: Loop, inner: int, choices: Choices, largest: int)
     factors = sch.sample_perfect_tile(loop, n=2, max_innermost_factor=largest) if choices.sampled else fixed
     outer, tile = sch.split(loop, factors)
     return outer, tile
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor up to a limit."""
+    return max(k for k in range(1, limit + 1) if number % k == 0)
 
 
 def _at(sch: Schedule, block: Block, loop: Loop) -> None:
@@ -202,12 +210,14 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
     sums = sch.get_sblock("sums")
     _at(sch, sums, task)
     row, vector, lane, block = sch.get_loops(sums)[-4:]
+    # a tile of values serves all query rows of the tile, a buffer of weighted scores 64 of them
+    score_tile, row = sch.split(row, [None, min(config.tile[0], 64)])
     rows_outer, rows_inner = _tile(sch, row, choices.row_block, choices, largest=8)
-    sch.reorder(block, rows_outer, rows_inner, vector, lane)
+    sch.reorder(block, score_tile, rows_outer, rows_inner, vector, lane)
     for name in ("row_sum", "product"):
         _at(sch, sch.get_sblock(name), rows_outer)
     weighted = sch.get_sblock("weighted")
-    _at(sch, weighted, block)
+    _at(sch, weighted, score_tile)
     i, j = sch.get_loops(weighted)[-2:]
     i_outer, i_inner = _tile(sch, i, choices.score_rows, choices, largest=8)
     j_outer, j_inner = sch.split(j, [None, choices.score_vectors * config.lanes])
@@ -226,7 +236,8 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
 
     product = sch.get_sblock("product")
     i, vector, lane, j = sch.get_loops(product)[-4:]
-    sch.reorder(j, i, vector, lane)
+    vector_outer, vector = sch.split(vector, [None, choices.vectors])
+    sch.reorder(vector_outer, j, i, vector, lane)
     _vectorize(sch, product, unrolled=2)
     _vectorize(sch, sch.decompose_reduction(product, j), unrolled=2)
     row_sum = sch.get_sblock("row_sum")
@@ -250,7 +261,7 @@ def features(sch: Schedule, config: AttentionConfig) -> None:
     activated = sch.get_sblock("activated")
     _at(sch, activated, task)
     vectors = -(-config.num_features // config.lanes)
-    vectors_inner = max(v for v in (1, 2, 4, 8) if vectors % v == 0)
+    vectors_inner = largest_divisor(vectors, 8)
     i, vector, _ = sch.get_loops(activated)[-3:]
     i_outer, i_inner = sch.split(i, [None, min(8, 16 // vectors_inner)])  # 16 accumulators
     vector_outer, vector_inner = sch.split(vector, [None, vectors_inner])

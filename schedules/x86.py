@@ -16,10 +16,13 @@ fft_weights = cpu.fft_weights
 
 
 def default_choices(config: AttentionConfig) -> Choices:
-    """Return the fixed decisions of the default schedule: accumulators for 32 vector registers, or for 16."""
-    if config.lanes == 16:
-        return Choices(row_block=4, score_rows=4, score_vectors=4)
-    return Choices(row_block=2, score_rows=4, score_vectors=2)
+    """Return the fixed decisions of the default schedule: 8 to 16 accumulators, in 32 vector registers or in 16."""
+    has_avx512 = config.lanes == 16
+    vectors = cpu.largest_divisor(-(-config.head_dim // config.lanes), 8 if has_avx512 else 4)
+    row_block = {1: 8, 2: 4, 3: 4}.get(vectors, 2)
+    if has_avx512:
+        return Choices(row_block=row_block, vectors=vectors, score_rows=4, score_vectors=4)
+    return Choices(row_block=row_block, vectors=vectors, score_rows=8, score_vectors=1)
 
 
 def attention(sch: Schedule, config: AttentionConfig) -> None:

@@ -79,7 +79,9 @@ def factorisations(length: int, count: int = 4) -> list[tuple[tuple[int, ...], t
 
 def direct_config(num_features: int, head_dim: int, length: int, lanes: int) -> AttentionConfig:
     """Return the default config of the direct algorithm."""
-    return AttentionConfig(num_features, head_dim, length, "direct", tile=(64, 64), lanes=lanes)
+    # 128 queries share a tile of keys and values where there are enough tiles for all threads
+    tile = (128, 64) if length >= 512 else (64, 64)
+    return AttentionConfig(num_features, head_dim, length, "direct", tile=tile, lanes=lanes)
 
 
 def fft_lanes(target_id: str, lanes: int) -> int:

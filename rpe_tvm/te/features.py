@@ -71,7 +71,9 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
         (batch, heads, blocks, BLOCK, lanes), lambda *at: te.sum(square_term(*at), axis=part), "squares"
     )
     lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
-    norm = cx.compute((batch, heads, blocks, BLOCK), lambda *at: te.sum(squares[(*at, lane_axis)], axis=lane_axis), "norm")
+    norm = cx.compute(
+        (batch, heads, blocks, BLOCK), lambda *at: te.sum(squares[(*at, lane_axis)], axis=lane_axis), "norm"
+    )
     if feature_map == "prf":
         scale = cx.compute(norm.shape, lambda *at: norm[at] * cx.real(-0.5 * d**-0.5), "scale")
     else:

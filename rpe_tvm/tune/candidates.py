@@ -8,7 +8,7 @@ from rpe_tvm.targets import TargetSpec
 
 # beyond these lengths one algorithm has lost by far on every CPU that was measured
 DIRECT_LONGEST, FFT_SHORTEST = 3072, 512
-TILES = ((64, 64), (64, 128), (32, 64), (32, 128))
+TILES = ((64, 64), (128, 64), (64, 128), (32, 64))
 
 
 def candidates(target: TargetSpec, length: int, num_features: int, head_dim: int) -> list[AttentionConfig]:

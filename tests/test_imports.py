@@ -23,7 +23,7 @@ BELOW = {
     "targets": {"errors"},
     "te": {"errors", "plan"},
     "schedules": {"errors", "plan", "te"},
-    "build": {"errors", "plan", "te", "schedules", "targets"},
+    "build": {"errors", "plan", "te", "schedules", "targets", "runtime"},
     "tune": {"errors", "plan", "te", "schedules", "targets", "build", "runtime", "reference"},
     "torch": {"errors", "plan", "runtime"},
     "peers": {"errors", "reference"},

@@ -4,6 +4,7 @@ It stands at ``$RPE_TVM_CACHE``, else ``$XDG_CACHE_HOME/rpe_tvm``, else ``~/.cac
 
 - ``artefacts/<config name>/<target id>/<key>/{lib.so, manifest.json}``
 - ``objects/<key>/``: compiled backend hooks
+- ``shortcuts/<key>.json``: which artefact serves a call, see `rpe_tvm.build.shortcut`
 - ``staging/``, ``locks/``: entries being built; one lock for each key
 
 An entry is built in staging under its lock and renamed into place, so that two processes can build at once
@@ -135,6 +136,8 @@ def clear() -> int:
             except OSError as error:
                 raise BuildError(f"Could not remove {path}: {error}") from error
             removed += pattern.startswith("artefacts")
+    for path in top.glob("shortcuts/*.json"):
+        path.unlink(missing_ok=True)
     for path in [*top.glob("artefacts/*/*"), *top.glob("artefacts/*")]:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

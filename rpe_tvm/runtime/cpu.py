@@ -19,6 +19,18 @@ def cpu_flags() -> frozenset[str]:
     return parse_flags(text)
 
 
+def cpu_identity() -> list[str]:
+    """What tells this machine's CPU from others in /proc/cpuinfo: vendor, family, model and flags."""
+    try:
+        text = CPUINFO.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return []
+    names = ("vendor_id", "cpu family", "model", "model name")
+    lines = (line.partition(":") for line in text.splitlines())
+    found = {f"{name.strip()}: {value.strip()}" for name, _, value in lines if name.strip() in names}
+    return [*sorted(found), *sorted(parse_flags(text))]
+
+
 def parse_flags(text: str) -> frozenset[str]:
     """The flags that every processor in `text`, the content of /proc/cpuinfo, has."""
     processors = [

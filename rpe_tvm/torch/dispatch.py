@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -138,8 +139,14 @@ def _compiled(bucket: int, num_features: int, head_dim: int) -> Instance:
             f"python -m rpe_tvm compile --op attention --features {num_features} --head-dim {head_dim} "
             f"--lengths {bucket} --out DIR"
         ) from error
+    from rpe_tvm.build import shortcut
     from rpe_tvm.plan import wisdom
 
+    key = shortcut.key_of_call(bucket, num_features, head_dim)
+    known = shortcut.look_up(key)
+    if known is not None:
+        with contextlib.suppress(ArtefactError):  # damaged: the cache builds it again
+            return _from_cache(known, bucket, num_features, head_dim)
     target = targets.detect()
     config = wisdom.choose(target.id, bucket, num_features, head_dim, target.lanes)
     try:
@@ -150,14 +157,21 @@ def _compiled(bucket: int, num_features: int, head_dim: int) -> Instance:
             f"{error} Until then, kernels are compiled in memory, again in every process.",
         )
         return Instance.of(config, build.in_memory(config, target))
-    if json.loads((path / "manifest.json").read_text(encoding="utf-8"))["schedule"]["source"] == "default":
+    shortcut.remember(key, path)
+    return _from_cache(path, bucket, num_features, head_dim)
+
+
+def _from_cache(path: Path, bucket: int, num_features: int, head_dim: int) -> Instance:
+    instance = load(path).instance(bucket)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["schedule"]["source"] == "default":
         _warn_once(
             "not tuned",
-            f"No tuned record for {target.id} with num_features={num_features} and head_dim={head_dim}: "
-            "running on the default schedule, which is right and may be slower. To tune for this CPU: "
-            "python scripts/tune_x86.py",
+            f"No tuned record for {manifest['target']['id']} with num_features={num_features} and "
+            f"head_dim={head_dim}: running on the default schedule, which is right and may be slower. To tune for "
+            "this CPU: python scripts/tune_x86.py",
         )
-    return load(path).instance(bucket)
+    return instance
 
 
 def _warn_once(key: str, message: str) -> None:

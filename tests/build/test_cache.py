@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rpe_tvm.build import cache
+from rpe_tvm.build import cache, shortcut
 from rpe_tvm.errors import BuildError
+from rpe_tvm.plan import wisdom
 
 KEY = "0" * 40
 
@@ -83,3 +84,38 @@ def test_a_lock_that_stays_held(cache_dir: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.05)
     with cache._lock(cache_dir, KEY, 1), pytest.raises(BuildError, match="Another process has held"):
         _entry()
+
+
+def test_shortcuts_lead_to_an_artefact_that_stands(cache_dir: Path) -> None:
+    key = shortcut.key_of_call(1024, 32, 64)
+    assert key == shortcut.key_of_call(1024, 32, 64) != shortcut.key_of_call(1024, 16, 64)
+    assert shortcut.look_up(key) is None
+    artefact = cache_dir / "artefacts" / "name" / "target" / ("0" * 40)
+    shortcut.remember(key, artefact)
+    assert shortcut.look_up(key) is None  # nothing stands there
+    artefact.mkdir(parents=True)
+    (artefact / "manifest.json").touch()
+    assert shortcut.look_up(key) == artefact
+    (cache_dir / "shortcuts" / f"{key}.json").write_text("{")
+    assert shortcut.look_up(key) is None
+    shortcut.remember(key, artefact)
+    cache.clear()
+    assert shortcut.look_up(key) is None and not list((cache_dir / "shortcuts").iterdir())
+
+
+def test_a_shortcut_is_of_these_sources_and_logs(
+    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wisdom, "LOGS", tmp_path)
+    before = shortcut.key_of_call(64, 8, 8)
+    (tmp_path / "wisdom.json").write_text("{}")
+    assert shortcut.key_of_call(64, 8, 8) != before
+    monkeypatch.setattr(shortcut, "_PACKAGE", tmp_path)
+    assert shortcut.key_of_call(64, 8, 8) != before
+
+
+def test_a_cache_that_cannot_be_written_to_remembers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
+    shortcut.remember("key", tmp_path / "artefact")
+    assert shortcut.look_up("key") is None

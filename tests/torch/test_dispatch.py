@@ -74,6 +74,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(dispatch, "_artefacts", None)
     monkeypatch.delenv("RPE_TVM_ARTEFACTS", raising=False)
+    monkeypatch.setenv("RPE_TVM_CACHE", str(made.cache))
     return made
 
 
@@ -115,6 +116,28 @@ def test_threads_that_miss_at_once_compile_once(machine):
     for thread in threads:
         thread.join()
     assert len(machine.compiled) == 1
+
+
+def test_a_new_process_takes_the_shortcut(machine, monkeypatch):
+    get_operator(1000, 32, 64)
+    monkeypatch.setattr(dispatch, "_loaded", {})  # as in a new process
+    assert get_operator(900, 32, 64).config.length == 1024
+    assert len(machine.planned) == len(machine.compiled) == 1
+
+
+def test_a_damaged_artefact_of_the_cache_is_compiled_again(machine, monkeypatch):
+    get_operator(1000, 32, 64)
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    refusals = [ArtefactError("damaged")]
+
+    def load(path):
+        if refusals:
+            raise refusals.pop()
+        return machine.load(path)
+
+    monkeypatch.setattr(dispatch, "load", load)
+    assert get_operator(1000, 32, 64).config.length == 1024
+    assert len(machine.compiled) == 2
 
 
 def test_a_failed_compilation_is_not_kept(machine):

@@ -12,6 +12,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te.dft import COMPOSITE
 from rpe_tvm.te.toeplitz import split_of
 
@@ -251,11 +252,19 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
 
 
 def features(sch: Schedule, config: AttentionConfig) -> None:
-    """Schedule `te.features`: parallel over blocks of 64 positions, whose features are transposed in L1."""
+    """Schedule `te.features`: parallel over about 64 positions, whose features are transposed in L1."""
     phi = sch.get_sblock("phi")
-    b, h, feature, block, i = sch.get_loops(phi)
-    sch.reorder(b, h, block, feature, i)
-    task = sch.fuse(b, h, block)
+    b, h, feature, row, column = sch.get_loops(phi)
+    tile = (1, BLOCK)
+    if config.algorithm == "fft":
+        # neighbouring rows of the buffer are neighbouring positions, 16 columns fill a cache line
+        split = split_of(config)
+        columns = largest_divisor(split.n1, 16)
+        tile = (largest_divisor(split.n2, BLOCK // columns), columns)
+    row_outer, row = sch.split(row, [None, tile[0]])
+    column_outer, column = sch.split(column, [None, tile[1]])
+    sch.reorder(b, h, row_outer, column_outer, feature, row, column)
+    task = sch.fuse(b, h, row_outer, column_outer)
     sch.parallel(task)
 
     activated = sch.get_sblock("activated")
@@ -263,7 +272,7 @@ def features(sch: Schedule, config: AttentionConfig) -> None:
     vectors = -(-config.num_features // config.lanes)
     vectors_inner = largest_divisor(vectors, 8)
     i, vector, _ = sch.get_loops(activated)[-3:]
-    i_outer, i_inner = sch.split(i, [None, min(8, 16 // vectors_inner)])  # 16 accumulators
+    i_outer, i_inner = sch.split(i, [None, largest_divisor(tile[1], min(8, 16 // vectors_inner))])  # 16 accumulators
     vector_outer, vector_inner = sch.split(vector, [None, vectors_inner])
     sch.reorder(i_outer, vector_outer, i_inner, vector_inner)
     _vectorize(sch, activated, unrolled=0)

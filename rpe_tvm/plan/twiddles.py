@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rpe_tvm.plan.config import AttentionConfig
 
-# positions of one block of a feature buffer; every bucket and tile fits it
+# positions of one row of the feature buffers of `direct`, and of one task of the feature map; every tile fits it
 BLOCK = 64
 
 Complex = npt.NDArray[np.complex128]
@@ -116,8 +116,26 @@ def padded_length(config: AttentionConfig, n_query: int, n_key: int) -> int:
 
 
 def feature_shape(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> tuple[int, ...]:
-    """Return the shape `[B, H, m, padded / 64, 64]` of the feature buffers."""
-    return batch, heads, config.num_features, padded_length(config, n_query, n_key) // BLOCK, BLOCK
+    """Return the shape of the feature buffers: `direct`: `[B, H, m, padded / 64, 64]`, `fft`: `[B, H, m, N2, N1]`.
+
+    `feature_positions` says which position an element belongs to.
+    """
+    padded = padded_length(config, n_query, n_key)
+    columns = math.prod(config.outer) if config.algorithm == "fft" else BLOCK
+    return batch, heads, config.num_features, padded // columns, columns
+
+
+def feature_positions(config: AttentionConfig, n_query: int, n_key: int) -> npt.NDArray[np.int64]:
+    """Return the position of each element of the last two axes of a feature buffer.
+
+    `direct`: in order. `fft`: row n2 and column q * S + s hold position (s * Q + q) * N2 + n2, the order in which
+    columns of the four-step split are transformed, with S the first outer radix and N1 = Q * S.
+    """
+    *_, rows, columns = feature_shape(config, 1, 1, n_query, n_key)
+    if config.algorithm == "direct":
+        return np.arange(rows * columns).reshape(rows, columns)
+    s = config.outer[0]
+    return np.arange(rows * columns).reshape(s, columns // s, rows).transpose(2, 1, 0).reshape(rows, columns)
 
 
 def weight_table_shape(config: AttentionConfig, heads: int, n_query: int, n_key: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te.complex import Expr
 from rpe_tvm.te.elementary import exp
-from rpe_tvm.te.shapes import Sizes
+from rpe_tvm.te.shapes import Sizes, feature_rows
+from rpe_tvm.te.toeplitz import split_of
 
 FeatureMap = Literal["prf", "nprf"]
 FEATURE_MAPS: tuple[FeatureMap, ...] = ("prf", "nprf")
@@ -28,25 +29,32 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
     config : AttentionConfig
         Gives the number of features m and the head dimension d.
     sizes : Sizes
-        Batch, heads, `n_query` positions, blocks of 64 positions of the output.
+        Batch, heads, `n_query` positions; for `direct` the blocks of 64 positions of the output.
     feature_map : {"prf", "nprf"}
         Which map.
 
     Returns
     -------
     list of te.Tensor
-        x `[B, H, n, d]`, projection W `[m, d]`, phi `[B, H, m, blocks, 64]`, zero from position n on.
+        x `[B, H, n, d]`, projection W `[m, d]`, phi `[B, H, m, rows, columns]` as `plan.twiddles.feature_shape` says,
+        zero from position n on.
     """
     m, d, lanes = config.num_features, config.head_dim, config.lanes
     vectors = -(-m // lanes)
     batch, heads, n = sizes.batch, sizes.heads, sizes.n_query
     x = te.placeholder((batch, heads, n, cx.int64(d)), cx.FLOAT, "x")
     projection = te.placeholder((cx.int64(m), cx.int64(d)), cx.FLOAT, "projection")
-    blocks = sizes.blocks
+    rows, columns = feature_rows(config, sizes)
 
-    def row(b: Expr, h: Expr, block: Expr, i: Expr, k: Expr) -> Expr:
+    def position(row: Expr, column: Expr) -> Expr:
+        if config.algorithm == "direct":
+            return row * BLOCK + column
+        split = split_of(config)
+        return split.position(row, column // split.s, column % split.s)
+
+    def entry(b: Expr, h: Expr, row: Expr, column: Expr, k: Expr) -> Expr:
         # past the end the last position again: a bound instead of a branch; `phi` has zeros there
-        return x[b, h, tirx.min(block * BLOCK + i, n - 1), k]
+        return x[b, h, tirx.min(position(row, column), n - 1), k]
 
     # rows past m are not used, so any row may stand there
     weights = cx.compute(
@@ -56,23 +64,23 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
     )
     k = te.reduce_axis((cx.int64(0), cx.int64(d)), "k")
     logits = cx.compute(
-        (batch, heads, blocks, BLOCK, vectors, lanes),
-        lambda b, h, block, i, vector, lane: te.sum(row(b, h, block, i, k) * weights[k, vector, lane], axis=k),
+        (batch, heads, rows, columns, vectors, lanes),
+        lambda b, h, row, column, vector, lane: te.sum(entry(b, h, row, column, k) * weights[k, vector, lane], axis=k),
         "logits",
     )
     part = te.reduce_axis((cx.int64(0), cx.int64(-(-d // lanes))), "part")
 
-    def square_term(b: Expr, h: Expr, block: Expr, i: Expr, lane: Expr) -> Expr:
+    def square_term(b: Expr, h: Expr, row: Expr, column: Expr, lane: Expr) -> Expr:
         channel = part * lanes + lane
-        entry = row(b, h, block, i, channel if d % lanes == 0 else tirx.min(channel, d - 1))
-        return entry * entry if d % lanes == 0 else tirx.Select(channel < d, entry * entry, cx.real(0.0))
+        element = entry(b, h, row, column, channel if d % lanes == 0 else tirx.min(channel, d - 1))
+        return element * element if d % lanes == 0 else tirx.Select(channel < d, element * element, cx.real(0.0))
 
     squares = cx.compute(
-        (batch, heads, blocks, BLOCK, lanes), lambda *at: te.sum(square_term(*at), axis=part), "squares"
+        (batch, heads, rows, columns, lanes), lambda *at: te.sum(square_term(*at), axis=part), "squares"
     )
     lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
     norm = cx.compute(
-        (batch, heads, blocks, BLOCK), lambda *at: te.sum(squares[(*at, lane_axis)], axis=lane_axis), "norm"
+        (batch, heads, rows, columns), lambda *at: te.sum(squares[(*at, lane_axis)], axis=lane_axis), "norm"
     )
     if feature_map == "prf":
         scale = cx.compute(norm.shape, lambda *at: norm[at] * cx.real(-0.5 * d**-0.5), "scale")
@@ -81,8 +89,8 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
             norm.shape, lambda *at: tirx.Select(norm[at] > 0, cx.real(1.0) / tirx.sqrt(norm[at]), norm[at]), "scale"
         )
 
-    def activate(b: Expr, h: Expr, block: Expr, i: Expr, vector: Expr, lane: Expr) -> Expr:
-        at = (b, h, block, i)
+    def activate(b: Expr, h: Expr, row: Expr, column: Expr, vector: Expr, lane: Expr) -> Expr:
+        at = (b, h, row, column)
         logit = logits[(*at, vector, lane)]
         if feature_map == "prf":
             exponent = logit * cx.real(d**-0.25) + scale[at]
@@ -90,11 +98,11 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
             exponent = logit * scale[at] - cx.real(0.5)
         return exp(exponent) * cx.real(m**-0.5)
 
-    activated = cx.compute((batch, heads, blocks, BLOCK, vectors, lanes), activate, "activated")
+    activated = cx.compute((batch, heads, rows, columns, vectors, lanes), activate, "activated")
 
-    def transpose(b: Expr, h: Expr, f: Expr, block: Expr, i: Expr) -> Expr:
-        entry = activated[b, h, block, i, f // lanes, f % lanes]
-        return tirx.Select(block * BLOCK + i < n, entry, cx.real(0.0))
+    def transpose(b: Expr, h: Expr, f: Expr, row: Expr, column: Expr) -> Expr:
+        feature = activated[b, h, row, column, f // lanes, f % lanes]
+        return tirx.Select(position(row, column) < n, feature, cx.real(0.0))
 
-    phi = cx.compute((batch, heads, m, blocks, BLOCK), transpose, "phi")
+    phi = cx.compute((batch, heads, m, rows, columns), transpose, "phi")
     return [x, projection, phi]

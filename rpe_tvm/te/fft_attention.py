@@ -8,17 +8,14 @@ Source: Luo et al. 2021, Eq. 10 and Sec. 3.3.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tvm import te, tirx
 
 from rpe_tvm.plan import twiddles
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
-from rpe_tvm.te.shapes import Sizes, at_position, feature_buffer
+from rpe_tvm.te.shapes import Sizes, feature_buffer
 from rpe_tvm.te.toeplitz import circulant_product, split_of
 
 
@@ -40,19 +37,21 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        phi_q and phi_k `[B, H, m, P / 64, 64]` (both zero past the length), value `[B, H, n_k, d]`,
+        phi_q and phi_k `[B, H, m, N2, N1]` (both zero past the length), value `[B, H, n_k, d]`,
         spectrum `[H, 2, P, 2]`, tables (flat), out `[B, H, n_q, d]`.
     """
     m, d, length, lanes = config.num_features, config.head_dim, config.length, config.lanes
     split = split_of(config)
     where = twiddles.layout(config)
-    sizes = replace(sizes, blocks=cx.int64(length // BLOCK))
     phi_q = feature_buffer(config, sizes, "phi_q")
     phi_k = feature_buffer(config, sizes, "phi_k")
     value = te.placeholder((sizes.batch, sizes.heads, sizes.n_key, cx.int64(d)), cx.FLOAT, "value")
     spectrum = te.placeholder((sizes.heads, *map(cx.int64, (2, length, 2))), cx.FLOAT, "spectrum")
     constants = te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables")
     tables = dft.Tables(constants, where)
+
+    def feature_at(buffer: te.Tensor, b: Expr, h: Expr, feature: Expr, n2: Expr, q: Expr, s: Expr) -> Expr:
+        return buffer[b, h, feature, n2, q * split.s + s]
 
     def turn(p: Expr, position: Expr, value: Complex) -> Complex:
         """Return D value for parity 1."""
@@ -80,7 +79,7 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
             def element(part: int) -> Expr:
                 ch = channel(g, part, lane)
                 if feature_major:
-                    return existing(ch, channels, at_position(source, b, h, ch, position))
+                    return existing(ch, channels, feature_at(source, b, h, ch, n2, q, s))
                 # past the end the last position again, whose features are zero: a bound instead of a branch
                 return existing(ch, channels, source[b, h, tirx.min(position, sizes.n_key - 1), ch])
 
@@ -107,7 +106,7 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         both = [[weighted_key[b, h, g, p, n2, 0, q, s, k, lane_axis] for k in (0, 1)] for p in (0, 1)]
         weighted = cx.part(part_axis, turn_back(position, [(x[0], x[1]) for x in both]))
         ch = channel(g, part_axis, lane_axis)
-        return te.sum(existing(ch, m, at_position(phi_q, b, h, ch, position)) * weighted, axis=[part_axis, lane_axis])
+        return te.sum(existing(ch, m, feature_at(phi_q, b, h, ch, n2, q, s)) * weighted, axis=[part_axis, lane_axis])
 
     denominator = cx.compute(
         (sizes.batch, sizes.heads, feature_groups, split.n2, split.q, split.s),
@@ -121,7 +120,7 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
 
     def load_value(at: tuple[Expr, ...], n2: Expr, q: Expr, s: int, lane: Expr) -> Complex:
         b, h, g, p, feature = at
-        weight = at_position(phi_k, b, h, feature, split.position(n2, q, s))
+        weight = feature_at(phi_k, b, h, feature, n2, q, s)
         return cx.scale(cx.load_lanes(packed_value, (b, h, g, p, n2, q, s), lane), weight)
 
     weighted_value = circulant_product(
@@ -136,8 +135,7 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     numerator = cx.compute(
         (sizes.batch, sizes.heads, groups, 2, split.n2, split.q, split.s, 2, lanes),
         lambda b, h, g, p, n2, q, s, c, lane: te.sum(
-            at_position(phi_q, b, h, feature, split.position(n2, q, s))
-            * weighted_value[b, h, g, p, feature, n2, 0, q, s, c, lane],
+            feature_at(phi_q, b, h, feature, n2, q, s) * weighted_value[b, h, g, p, feature, n2, 0, q, s, c, lane],
             axis=feature,
         ),
         "numerator",

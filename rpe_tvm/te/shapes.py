@@ -8,13 +8,13 @@ from typing import Any
 from tvm import te, tirx
 
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.twiddles import BLOCK, padded_length
+from rpe_tvm.plan.twiddles import BLOCK, feature_shape, padded_length
 from rpe_tvm.te import complex as cx
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Batch, heads, lengths of query and key, and blocks of positions of the feature buffers, as 64-bit expressions."""
+    """Batch, heads, lengths of query and key, and blocks of 64 positions they are padded to, as 64-bit expressions."""
 
     batch: Any
     heads: Any
@@ -39,15 +39,20 @@ def fixed(config: AttentionConfig, batch: int, heads: int) -> Sizes:
     return Sizes(*(cx.int64(size) for size in (batch, heads, n, n, padded_length(config, n, n) // BLOCK)))
 
 
+def feature_rows(config: AttentionConfig, sizes: Sizes) -> tuple[Any, Any]:
+    """Return the last two axes of a feature buffer."""
+    if config.algorithm == "direct":
+        return sizes.blocks, cx.int64(BLOCK)
+    *_, rows, columns = feature_shape(config, 1, 1, config.length, config.length)
+    return cx.int64(rows), cx.int64(columns)
+
+
 def feature_buffer(config: AttentionConfig, sizes: Sizes, name: str) -> te.Tensor:
-    """Return the placeholder of features `[B, H, m, blocks, 64]`: a row of positions for each feature."""
-    return te.placeholder(
-        (sizes.batch, sizes.heads, cx.int64(config.num_features), sizes.blocks, cx.int64(BLOCK)),
-        cx.FLOAT,
-        name,
-    )
+    """Return the placeholder of features, `[B, H, m, rows, columns]` as in `plan.twiddles.feature_shape`."""
+    rows, columns = feature_rows(config, sizes)
+    return te.placeholder((sizes.batch, sizes.heads, cx.int64(config.num_features), rows, columns), cx.FLOAT, name)
 
 
 def at_position(buffer: te.Tensor, batch: Any, head: Any, feature: Any, position: Any) -> Any:
-    """Return the element of a feature buffer at a position."""
+    """Return the element of a feature buffer of `direct` at a position."""
     return buffer[batch, head, feature, position // BLOCK, position % BLOCK]

@@ -50,11 +50,10 @@ def save(config: AttentionConfig, heads: int, path: Path) -> None:
     """
     random = np.random.default_rng(0)
     length, m, d = config.length, config.num_features, config.head_dim
-    shape = twiddles.feature_shape(config, 1, heads, length, length)
-    padded = shape[3] * shape[4]
+    positions = twiddles.feature_positions(config, length, length)
 
     def features() -> Array:
-        phi = np.zeros((1, heads, m, padded), np.float32)
+        phi = np.zeros((1, heads, m, positions.size), np.float32)
         phi[..., :length] = np.exp(0.5 * random.standard_normal((1, heads, m, length))) / m
         return phi
 
@@ -69,6 +68,6 @@ def save(config: AttentionConfig, heads: int, path: Path) -> None:
             toeplitz = weights[head, length - 1 - row : 2 * length - 1 - row]
             scores = phi_q[0, head, :, row].astype(float) @ phi_k[0, head, :, :length] * toeplitz
             expected[head, index] = scores @ value[0, head] / scores.sum()
-    arguments = (phi_q.reshape(shape), phi_k.reshape(shape), value, table, twiddles.tables(config))
+    arguments = (phi_q[..., positions], phi_k[..., positions], value, table, twiddles.tables(config))
     named = {f"argument{number}": argument for number, argument in enumerate(arguments)}
     np.savez(path, rows=rows, expected=expected, **named)  # type: ignore[arg-type]

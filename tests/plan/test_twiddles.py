@@ -47,6 +47,16 @@ def test_tables_are_rounded_once_from_float64(outer, inner):
     np.testing.assert_allclose(split, np.exp(-2j * np.pi * angle / length), atol=6e-8)
 
 
+def test_feature_positions():
+    fft = AttentionConfig(32, 64, 96, "fft", (3, 4), (8,))
+    found = twiddles.feature_positions(fft, 90, 96)
+    n1, n2, s, q = 12, 8, 3, 4
+    assert found.shape == (n2, n1) == twiddles.feature_shape(fft, 1, 1, 90, 96)[3:]
+    assert all(found[j, b * s + a] == (a * q + b) * n2 + j for j in range(n2) for a in range(s) for b in range(q))
+    direct = AttentionConfig(32, 64, 128, "direct", tile=(64, 64))
+    assert (twiddles.feature_positions(direct, 100, 128) == np.arange(128).reshape(2, 64)).all()
+
+
 def test_buffer_shapes():
     fft = AttentionConfig(32, 64, 4096, "fft", (8, 8), (8, 8))
     assert twiddles.feature_shape(fft, 2, 3, 100, 4000) == (2, 3, 32, 64, 64)

@@ -32,6 +32,8 @@ class Choices:
     pad : bool
         Pad the rows of the arrays between the halves of the four-step split, so that a walk along a column does
         not fall on one cache set.
+    cooperative : bool
+        Only `fft`: all threads work on one product, where one for each would not fit into a shared cache.
     feature_block : int
         Features that are transformed in one pass over value and output.
     columns, rows : int
@@ -46,6 +48,7 @@ class Choices:
 
     sampled: bool = False
     pad: bool = True
+    cooperative: bool = False
     feature_block: int = 1
     columns: int = 1
     rows: int = 1
@@ -131,6 +134,8 @@ def _circulant_product(
 
     last_row = _place(sch, back_rows[-1], product_loop)
     rows_outer, _ = _tile(sch, sch.get_loops(last_row)[-6], choices.rows, choices, largest=4)
+    if choices.cooperative:
+        sch.parallel(rows_outer)
     for stage in reversed(back_rows[:-1]):
         _place(sch, stage, rows_outer)
     # the last forward and the first inverse stage of a row work on the same points: both stay in registers
@@ -143,6 +148,8 @@ def _circulant_product(
     feature, column = sch.get_loops(last_column)[-7:-5]
     columns_outer, columns_inner = _tile(sch, column, choices.columns, choices, largest=4)
     sch.reorder(columns_outer, feature, columns_inner)
+    if choices.cooperative:
+        sch.parallel(columns_outer)
     for stage in reversed(columns[:-1]):
         _place(sch, stage, feature)
 
@@ -176,7 +183,7 @@ def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> N
     group, part = sch.split(vector, [None, 2])
     sch.reorder(b, h, bucket, group, position, part, lane)
     task = sch.fuse(b, h, bucket, group)
-    sch.parallel(task)
+    sch.parallel(position if choices.cooperative else task)
     sch.vectorize(lane)
     _at(sch, sch.get_sblock("inverse_denominator"), task)
     numerator = sch.get_sblock("numerator")
@@ -191,6 +198,9 @@ def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> N
     packed = sch.get_sblock("packed_value")
     _at(sch, packed, parity)
     _vectorize(sch, packed, unrolled=1)
+    if choices.cooperative:
+        sch.parallel(columns_outer)
+        sch.parallel(sch.get_loops(packed)[-5])
     sch.vectorize(lane)
     sch.unroll(part)
     sch.unroll(s)

@@ -16,7 +16,13 @@ fft_weights = cpu.fft_weights
 
 
 def default_choices(config: AttentionConfig) -> Choices:
-    """Return the fixed decisions of the default schedule: 8 to 16 accumulators, in 32 vector registers or in 16."""
+    """Return the fixed decisions of the default schedule.
+
+    `direct`: 8 to 16 accumulators, in 32 vector registers or in 16. `fft`: arrays of one product past 2 MiB fill the
+    shared cache when every thread has its own.
+    """
+    if config.algorithm == "fft":
+        return Choices(cooperative=config.length * 2 * config.lanes > 1 << 19)
     has_avx512 = config.lanes == 16
     vectors = cpu.largest_divisor(-(-config.head_dim // config.lanes), 8 if has_avx512 else 4)
     row_block = {1: 8, 2: 4, 3: 4}.get(vectors, 2)

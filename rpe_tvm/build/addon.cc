@@ -117,19 +117,40 @@ std::size_t BlockSize(std::uint64_t bytes) {
   return bytes < kHugeFrom ? RoundUp(bytes != 0 ? bytes : 1, kPage) : RoundUp(bytes, kHugePage);
 }
 
-void* NewBlock(std::size_t size) {
-  const bool huge = size >= kHugeFrom;
+void* SmallBlock(std::size_t size) {
   void* data = nullptr;
-  if (posix_memalign(&data, huge ? kHugePage : kCacheLine, size) != 0) return nullptr;
-  if (huge) madvise(data, size, MADV_HUGEPAGE);  // a wish: without huge pages the block works as well
-  return data;
+  return posix_memalign(&data, kCacheLine, size) == 0 ? data : nullptr;
+}
+
+// Straight from the kernel: what the C library hands out may have been in use before, in small pages, and stays in them.
+void* HugeBlock(std::size_t size) {
+  const std::size_t mapped = size + kHugePage;  // the kernel aligns to small pages only
+  void* start = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) return nullptr;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(start);
+  const std::uintptr_t data = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  if (data != begin) munmap(start, data - begin);
+  if (data + size != begin + mapped) munmap(reinterpret_cast<void*>(data + size), begin + mapped - data - size);
+  madvise(reinterpret_cast<void*>(data), size, MADV_HUGEPAGE);  // a wish: without huge pages the block works as well
+  return reinterpret_cast<void*>(data);
+}
+
+void* NewBlock(std::size_t size) { return size < kHugeFrom ? SmallBlock(size) : HugeBlock(size); }
+
+void DeleteBlock(void* data, std::size_t size) {
+  if (data == nullptr) return;
+  if (size < kHugeFrom) {
+    std::free(data);
+  } else {
+    munmap(data, size);
+  }
 }
 
 class Workspace {
  public:
   ~Workspace() {
     for (Slot& slot : slots_) {
-      if (!slot.in_use) std::free(slot.data);
+      if (!slot.in_use) DeleteBlock(slot.data, slot.size);
     }
   }
 
@@ -141,17 +162,16 @@ class Workspace {
         return slot.data;
       }
     }
+    Slot* slot = EmptySlot();
+    if (slot == nullptr && DropOldest()) slot = EmptySlot();
+    if (slot == nullptr) return SmallBlock(size);  // every slot is in use: the block is not kept later
     void* data = NewBlock(size);
     if (data == nullptr) {  // out of memory: what is kept may be what is missing
       while (DropOldest()) {
       }
       data = NewBlock(size);
     }
-    if (data == nullptr) return nullptr;
-    Slot* slot = EmptySlot();
-    if (slot == nullptr && DropOldest()) slot = EmptySlot();
-    // With every slot in use, the block is simply not kept later.
-    if (slot != nullptr) *slot = Slot{data, size, 0, true};
+    if (data != nullptr) *slot = Slot{data, size, 0, true};
     return data;
   }
 
@@ -165,7 +185,7 @@ class Workspace {
         return;
       }
     }
-    std::free(data);
+    std::free(data);  // of no slot
   }
 
  private:
@@ -190,7 +210,7 @@ class Workspace {
       if (oldest == nullptr || slot.freed_at < oldest->freed_at) oldest = &slot;
     }
     if (oldest == nullptr) return false;
-    std::free(oldest->data);
+    DeleteBlock(oldest->data, oldest->size);
     kept_ -= oldest->size;
     *oldest = Slot{};
     return true;

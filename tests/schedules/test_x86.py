@@ -1,5 +1,7 @@
 """Default schedules and design spaces give right operators, for AVX2 on any x86 machine and for this CPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tvm.s_tir import Schedule
@@ -45,6 +47,14 @@ def test_fft(target, m, d, outer, inner):
     length = int(np.prod(outer) * np.prod(inner))
     config = AttentionConfig(m, d, length, "fft", outer, inner, lanes=wisdom.fft_config(m, d, length, 8).lanes)
     check(config, target, length - 1, length // 2)
+
+
+def test_long_sequences_have_all_threads_work_on_one_product(monkeypatch):
+    long = AttentionConfig(16, 64, 65536, "fft", (8, 8, 4), (8, 8, 4), lanes=8)
+    choices = x86.default_choices(long)
+    assert choices.cooperative and not x86.default_choices(replace(long, length=32768, inner=(8, 8, 2))).cooperative
+    monkeypatch.setattr(x86, "default_choices", lambda config: choices)
+    check(AttentionConfig(16, 64, 64, "fft", (8,), (8,), lanes=8), HERE, 60, 64)
 
 
 def test_sixteen_lanes_and_a_one_stage_split():

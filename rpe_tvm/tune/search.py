@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import tvm
@@ -79,6 +81,25 @@ def open_database(directory: Path) -> Any:
     return ms.database.JSONDatabase(
         str(directory / "database_workload.json"), str(directory / "database_tuning_record.json")
     )
+
+
+@contextmanager
+def _noted_interrupts(noted: list[int]) -> Iterator[None]:
+    """Add to the list when Ctrl-C is pressed; KeyboardInterrupt is raised as ever."""
+    if threading.current_thread() is not threading.main_thread():  # Python interrupts the main thread only
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -162,21 +183,25 @@ def search(
             num_threads=cores,
             logger=logging.getLogger(__name__),
         )
+    interrupted: list[int] = []
     try:
-        ms.tune.tune_tasks(
-            tasks=[task],
-            task_weights=[1.0],
-            work_dir=str(directory),
-            max_trials_global=left,
-            num_trials_per_iter=min(BATCH, left),
-            builder=local_builder(cores),
-            runner=CheckingRunner(settings),
-            database=database,
-            cost_model=ms.cost_model.XGBModel(num_warmup_samples=2 * BATCH, num_tuning_cores=cores, verbose_eval=0),
-            measure_callbacks=callbacks,
-        )
-    except RuntimeError:
-        # an exception of a callback comes back from TVM as another object: only the flag tells
+        with _noted_interrupts(interrupted):
+            ms.tune.tune_tasks(
+                tasks=[task],
+                task_weights=[1.0],
+                work_dir=str(directory),
+                max_trials_global=left,
+                num_trials_per_iter=min(BATCH, left),
+                builder=local_builder(cores),
+                runner=CheckingRunner(settings),
+                database=database,
+                cost_model=ms.cost_model.XGBModel(num_warmup_samples=2 * BATCH, num_tuning_cores=cores, verbose_eval=0),
+                measure_callbacks=callbacks,
+            )
+    except BaseException as error:
+        # an exception that passes through TVM comes back as another object: only flags tell what it was
+        if interrupted:
+            raise KeyboardInterrupt from error
         if not watch.time_is_up:
             raise
     records = valid_records(database)

@@ -58,7 +58,7 @@ class Machine:
 
 def write_artefact(path, config, source="tuned"):
     path.mkdir(parents=True, exist_ok=True)
-    manifest = {"config": config.to_json(), "schedule": {"source": source}}
+    manifest = {"config": config.to_json(), "schedule": {"source": source}, "target": {"id": TARGET.id}}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -140,6 +140,25 @@ def test_nothing_valid_is_an_error_that_shows_the_first_one(tmp_path, monkeypatc
         )
 
 
+def test_an_interrupt_ends_the_search_and_keeps_its_trials(tmp_path):
+    config = AttentionConfig(8, 16, 64, "direct", tile=(64, 64), lanes=TARGET.lanes)
+    file = tmp_path / "inputs.npz"
+    inputs.save(config, TUNING_HEADS, file)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        search.search(
+            config,
+            session.tvm_target(_run(tmp_path)),
+            tmp_path / "database",
+            trials=100,
+            seconds=300.0,
+            settings=Settings(file, 1, seconds=0.05),
+            progress=lambda done, best: signal.raise_signal(signal.SIGINT),  # as Ctrl-C does
+        )
+    assert len(search.open_database(tmp_path / "database")) == search.BATCH
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_missing_compiler_ends_the_script_with_the_build_error(run, monkeypatch, capfd):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(options(run)) == 1

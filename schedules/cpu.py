@@ -12,9 +12,9 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te.dft import COMPOSITE
-from rpe_tvm.te.toeplitz import split_of
 
 Loop = Any
 Block = Any

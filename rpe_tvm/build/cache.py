@@ -136,7 +136,7 @@ def clear() -> int:
             except OSError as error:
                 raise BuildError(f"Could not remove {path}: {error}") from error
             removed += pattern.startswith("artefacts")
-    for path in top.glob("shortcuts/*.json"):
+    for path in top.glob("shortcuts/*"):
         path.unlink(missing_ok=True)
     for path in [*top.glob("artefacts/*/*"), *top.glob("artefacts/*")]:
         if path.is_dir() and not any(path.iterdir()):

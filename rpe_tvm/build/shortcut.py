@@ -6,12 +6,12 @@ seconds. A shortcut is keyed by what these functions are made from.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from rpe_tvm.build import cache, manifest
+from rpe_tvm.build.files import write_json
 from rpe_tvm.plan import wisdom
 from rpe_tvm.runtime.cpu import cpu_identity
 
@@ -46,14 +46,8 @@ def look_up(key: str) -> Path | None:
 
 def remember(key: str, artefact: Path) -> None:
     """Remember an artefact of the cache; where the cache cannot be written to, nothing is remembered."""
-    file = _file(key)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as staging:
-            json.dump({"artefact": str(artefact.relative_to(cache.root()))}, staging)
-        os.replace(staging.name, file)
-    except (OSError, ValueError):
-        return
+    with contextlib.suppress(OSError, ValueError):
+        write_json(_file(key), {"artefact": str(artefact.relative_to(cache.root()))})
 
 
 def _file(key: str) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
 
 # positions of one row of the feature buffers of `direct`, and of one task of the feature map; every tile fits it
 BLOCK = 64
@@ -121,7 +122,7 @@ def feature_shape(config: AttentionConfig, batch: int, heads: int, n_query: int,
     `feature_positions` says which position an element belongs to.
     """
     padded = padded_length(config, n_query, n_key)
-    columns = math.prod(config.outer) if config.algorithm == "fft" else BLOCK
+    columns = split_of(config).n1 if config.algorithm == "fft" else BLOCK
     return batch, heads, config.num_features, padded // columns, columns
 
 
@@ -132,10 +133,11 @@ def feature_positions(config: AttentionConfig, n_query: int, n_key: int) -> npt.
     columns of the four-step split are transformed, with S the first outer radix and N1 = Q * S.
     """
     *_, rows, columns = feature_shape(config, 1, 1, n_query, n_key)
+    row, column = np.ogrid[:rows, :columns]
     if config.algorithm == "direct":
-        return np.arange(rows * columns).reshape(rows, columns)
-    s = config.outer[0]
-    return np.arange(rows * columns).reshape(s, columns // s, rows).transpose(2, 1, 0).reshape(rows, columns)
+        return np.asarray(row * columns + column)
+    split = split_of(config)
+    return np.asarray(split.position(row, column // split.s, column % split.s))
 
 
 def weight_table_shape(config: AttentionConfig, heads: int, n_query: int, n_key: int) -> tuple[int, ...]:

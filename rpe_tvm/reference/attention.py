@@ -100,8 +100,8 @@ def attention(
     -----
     Luo et al. 2021 (arXiv 2106.12566), Eq. 10; `"fft"` is its Algorithm 1.
     """
-    query, key, value, rpe_bias = _checked(query, key, value, rpe_bias)
-    phi_q, phi_k = _features(query, key, projection, feature_map)
+    query, key, value, rpe_bias = checked(query, key, value, rpe_bias)
+    phi_q, phi_k = features_of(query, key, projection, feature_map)
     n_q, n_k = query.shape[2], key.shape[2]
     c = weights(rpe_bias, n_q, is_causal)
     num: Array
@@ -149,14 +149,14 @@ def attention_rows(
     -----
     Luo et al. 2021 (arXiv 2106.12566), Eq. 10.
     """
-    query, key, value, rpe_bias = _checked(query, key, value, rpe_bias)
+    query, key, value, rpe_bias = checked(query, key, value, rpe_bias)
     (batch, heads, n_q, _), n_k = query.shape, key.shape[2]
     rows = np.asarray(rows, dtype=np.int64)
     if rows.ndim != 1:
         raise ShapeError(f"Invalid shape of rows: expected [r], got {list(rows.shape)}; pass a flat list")
     if np.any((rows < 0) | (rows >= n_q)):
         raise ValueError(f"Invalid rows: expected 0 .. {n_q - 1}, got {rows.min()} .. {rows.max()}; query has {n_q}")
-    phi_q, phi_k = _features(query[:, :, rows], key, projection, feature_map)
+    phi_q, phi_k = features_of(query[:, :, rows], key, projection, feature_map)
     c = weights(rpe_bias, n_q, is_causal)
     out = np.empty((batch, heads, rows.size, value.shape[3]))
     step = max(1, _SCORES_PER_BLOCK // max(1, batch * heads * n_k))
@@ -168,9 +168,10 @@ def attention_rows(
     return out
 
 
-def _checked(
+def checked(
     query: npt.ArrayLike, key: npt.ArrayLike, value: npt.ArrayLike, rpe_bias: npt.ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
+    """query, key, value and rpe_bias as float64, or `ShapeError` where they do not fit together."""
     query, key, value = as_float64("query", query), as_float64("key", key), as_float64("value", value)
     rpe_bias = as_float64("rpe_bias", rpe_bias)
     check_shape("query", query, ("B", "H", "n_q", "d"), "add axes for batch or heads")
@@ -183,7 +184,8 @@ def _checked(
     return query, key, value, rpe_bias
 
 
-def _features(query: Array, key: Array, projection: npt.ArrayLike, feature_map: str) -> tuple[Array, Array]:
+def features_of(query: Array, key: Array, projection: npt.ArrayLike, feature_map: str) -> tuple[Array, Array]:
+    """phi(query) and phi(key)."""
     if feature_map not in FEATURE_MAPS:
         known = " or ".join(repr(name) for name in FEATURE_MAPS)
         raise ValueError(f"Unknown feature map: expected {known}, got {feature_map!r}; choose one of these")

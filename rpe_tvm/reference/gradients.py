@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rpe_tvm.reference.attention import attention, weights
+from rpe_tvm.reference.attention import attention, checked, features_of, weights
 from rpe_tvm.reference.feature_maps import nprf, prf
 from rpe_tvm.reference.toeplitz import Array, as_float64, check_shape, toeplitz_matrix
 
@@ -56,15 +56,14 @@ def attention_gradients(
     Luo et al. 2021 (arXiv 2106.12566), Eq. 10, differentiated.
     """
     _, den, out = attention(query, key, value, rpe_bias, projection, feature_map, is_causal)
-    query, key, value = as_float64("query", query), as_float64("key", key), as_float64("value", value)
-    projection, rpe_bias = as_float64("projection", projection), as_float64("rpe_bias", rpe_bias)
+    query, key, value, rpe_bias = checked(query, key, value, rpe_bias)
+    projection = as_float64("projection", projection)
     grad_out = as_float64("grad_out", grad_out)
     check_shape("grad_out", grad_out, out.shape, "it is the gradient of attention's out")
     (heads, n_q), n_k = query.shape[1:3], key.shape[2]
     if n_k == 0:
         return Gradients(*(np.zeros_like(each) for each in (query, key, value, rpe_bias, projection)))
-    phi = {"nprf": nprf, "prf": prf}[feature_map]
-    phi_q, phi_k = phi(query, projection), phi(key, projection)
+    phi_q, phi_k = features_of(query, key, projection, feature_map)
     toeplitz = toeplitz_matrix(weights(rpe_bias, n_q, is_causal), n_q, n_k)
     scores = (phi_q @ phi_k.swapaxes(-1, -2)) * toeplitz
     scaled = grad_out / den[..., None]

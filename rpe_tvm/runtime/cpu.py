@@ -12,23 +12,22 @@ CPUINFO = Path("/proc/cpuinfo")
 def cpu_flags() -> frozenset[str]:
     """The flags of this machine's CPU as /proc/cpuinfo lists them; empty where there is none (other than
     Linux on x86)."""
-    try:
-        text = CPUINFO.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return frozenset()
-    return parse_flags(text)
+    return parse_flags(_cpuinfo())
 
 
 def cpu_identity() -> list[str]:
     """What tells this machine's CPU from others in /proc/cpuinfo: vendor, family, model and flags."""
-    try:
-        text = CPUINFO.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return []
     names = ("vendor_id", "cpu family", "model", "model name")
-    lines = (line.partition(":") for line in text.splitlines())
+    lines = (line.partition(":") for line in _cpuinfo().splitlines())
     found = {f"{name.strip()}: {value.strip()}" for name, _, value in lines if name.strip() in names}
-    return [*sorted(found), *sorted(parse_flags(text))]
+    return [*sorted(found), *sorted(cpu_flags())]
+
+
+def _cpuinfo() -> str:
+    try:
+        return CPUINFO.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
 
 
 def parse_flags(text: str) -> frozenset[str]:

@@ -7,12 +7,12 @@ from typing import Literal
 from tvm import te, tirx
 
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te.complex import Expr
 from rpe_tvm.te.elementary import exp
 from rpe_tvm.te.shapes import Sizes, feature_rows
-from rpe_tvm.te.toeplitz import split_of
 
 FeatureMap = Literal["prf", "nprf"]
 FEATURE_MAPS: tuple[FeatureMap, ...] = ("prf", "nprf")
@@ -57,7 +57,7 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
         return x[b, h, tirx.min(position(row, column), n - 1), k]
 
     # rows past m are not used, so any row may stand there
-    weights = cx.compute(
+    projection_lanes = cx.compute(
         (d, vectors, lanes),
         lambda k, vector, lane: projection[tirx.min(vector * lanes + lane, m - 1), k],
         "projection_lanes",
@@ -65,15 +65,17 @@ def features(config: AttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> 
     k = te.reduce_axis((cx.int64(0), cx.int64(d)), "k")
     logits = cx.compute(
         (batch, heads, rows, columns, vectors, lanes),
-        lambda b, h, row, column, vector, lane: te.sum(entry(b, h, row, column, k) * weights[k, vector, lane], axis=k),
+        lambda b, h, row, column, vector, lane: te.sum(
+            entry(b, h, row, column, k) * projection_lanes[k, vector, lane], axis=k
+        ),
         "logits",
     )
     part = te.reduce_axis((cx.int64(0), cx.int64(-(-d // lanes))), "part")
 
     def square_term(b: Expr, h: Expr, row: Expr, column: Expr, lane: Expr) -> Expr:
         channel = part * lanes + lane
-        element = entry(b, h, row, column, channel if d % lanes == 0 else tirx.min(channel, d - 1))
-        return element * element if d % lanes == 0 else tirx.Select(channel < d, element * element, cx.real(0.0))
+        element = entry(b, h, row, column, tirx.min(channel, d - 1))
+        return tirx.Select(channel < d, element * element, cx.real(0.0))
 
     squares = cx.compute(
         (batch, heads, rows, columns, lanes), lambda *at: te.sum(square_term(*at), axis=part), "squares"

@@ -12,11 +12,12 @@ from tvm import te, tirx
 
 from rpe_tvm.plan import twiddles
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
 from rpe_tvm.te.shapes import Sizes, feature_buffer
-from rpe_tvm.te.toeplitz import circulant_product, split_of
+from rpe_tvm.te.toeplitz import circulant_product
 
 
 def lane_groups(channels: int, lanes: int) -> int:

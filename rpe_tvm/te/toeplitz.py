@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from tvm import te
 
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
@@ -17,38 +16,6 @@ from rpe_tvm.te.complex import Complex, Expr
 LoadColumn = Callable[[tuple[Expr, ...], Expr, Expr, int, Expr], Complex]
 # (leading indices, k1, k2) -> spectrum at these digit-ordered positions
 LoadSpectrum = Callable[[tuple[Expr, ...], Expr, Expr], Complex]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Sizes of the four-step split of `config.length`.
-
-    Parameters
-    ----------
-    n1, n2 : int
-        Points of a column (outer radices) and of a row (inner radices).
-    q, s : int
-        A column's first radix s, and n1 / s: a position is (s * Q + q) * N2 + n2, packed as `[n2, q, s]`.
-    """
-
-    n1: int
-    n2: int
-    q: int
-    s: int
-
-    def position(self, n2: Expr, q: Expr, s: Expr) -> Expr:
-        return (s * self.q + q) * self.n2 + n2
-
-    def packed(self, position: Expr) -> tuple[Expr, Expr, Expr]:
-        """Return (n2, q, s) of a position."""
-        n1 = position // self.n2
-        return position % self.n2, n1 % self.q, n1 // self.q
-
-
-def split_of(config: AttentionConfig) -> Split:
-    """Return the four-step split of an `fft` config."""
-    n1 = math.prod(config.outer)
-    return Split(n1=n1, n2=config.length // n1, q=n1 // config.outer[0], s=config.outer[0])
 
 
 def circulant_product(

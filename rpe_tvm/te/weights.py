@@ -14,13 +14,13 @@ from tvm import te, tirx
 
 from rpe_tvm.plan import twiddles
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
 from rpe_tvm.te.elementary import exp
 from rpe_tvm.te.shapes import Sizes
-from rpe_tvm.te.toeplitz import split_of
 
 
 def _exp_bias(sizes: Sizes, bias: te.Tensor, causal: Expr) -> Callable[[Expr, Expr], Expr]:

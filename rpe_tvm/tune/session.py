@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tvm.s_tir import Schedule
 
 from rpe_tvm.build import records
+from rpe_tvm.build.files import write_json
 from rpe_tvm.build.lower import TUNING_HEADS, tuning_workload
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan import wisdom
@@ -96,7 +97,7 @@ def tune(run: Run, *, resume: bool) -> None:
             result = store.read_json(place / "result.json")
             if result is None:
                 result = _tune_pair(run, length, num_features, place, bar)
-                store.write_json(place / "result.json", result)
+                write_json(place / "result.json", result)
             _publish(run, result)
             entry = result["entry"]
             tqdm.write(
@@ -210,7 +211,7 @@ def _screen(
         bar.set_postfix_str(f"{len(configs)} candidates on the default schedule")
         times = _race(run, [(config, _default(config)) for config in configs], place)
         known = [[config.to_json(), 1e3 * timing.best] for config, _, timing in times]
-        store.write_json(place / "screen.json", known)
+        write_json(place / "screen.json", known)
     screened = [(AttentionConfig.from_json(fields), float(ms)) for fields, ms in known]
     return min(screened, key=lambda item: item[1])[0], screened
 

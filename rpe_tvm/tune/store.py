@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import time
@@ -13,17 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rpe_tvm.build import manifest
+from rpe_tvm.build.files import write_json
 from rpe_tvm.build.records import Record
 
 FORMAT = 1
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a staging file and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(staging, path)
 
 
 def read_json(path: Path) -> Any:

@@ -86,8 +86,9 @@ def test_self_attention(n, feature_map, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_one_head_of_a_long_sequence(is_causal):
-    check(inputs(2049, heads=1), "nprf", is_causal)
+@pytest.mark.parametrize("n", [2049, 4097])
+def test_one_head_of_a_long_sequence(n, is_causal):
+    check(inputs(n, heads=1), "nprf", is_causal)
 
 
 @pytest.mark.parametrize(("m", "d"), [(16, 40), (24, 80), (24, 64), (32, 40), (16, 80)])

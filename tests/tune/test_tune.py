@@ -13,6 +13,7 @@ import pytest
 
 from rpe_tvm import targets
 from rpe_tvm.build import records
+from rpe_tvm.build.files import write_json
 from rpe_tvm.build.lower import TUNING_HEADS, lower, tuning_workload
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan import wisdom
@@ -70,7 +71,7 @@ def test_a_run_ships_a_record_that_lower_finds_and_verify_accepts(run, capfd):
     path = records.path_of(config, TARGET.id)
     fields = json.loads(path.read_text())
     fields["workload_hash"] = "0" * 16
-    store.write_json(path, fields)
+    write_json(path, fields)
     assert lower(config, TARGET).schedule == {"source": "default"}
     capfd.readouterr()
     assert verify.main(run.logs) == 1
@@ -167,7 +168,7 @@ def test_a_missing_compiler_ends_the_script_with_the_build_error(run, monkeypatc
 
 def test_json_is_written_by_rename(tmp_path):
     path = tmp_path / "deep" / "file.json"
-    store.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     assert store.read_json(path) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
     assert store.read_json(tmp_path / "none.json") is None

@@ -71,12 +71,12 @@ def largest_divisor(number: int, limit: int) -> int:
     return max(k for k in range(1, limit + 1) if number % k == 0)
 
 
-def _at(sch: Schedule, block: Block, loop: Loop) -> None:
+def at_consumer(sch: Schedule, block: Block, loop: Loop) -> None:
     # unit loops are kept so that loops can be counted from the end whatever the sizes are
     sch.compute_at(block, loop, preserve_unit_loops=True)
 
 
-def _vectorize(sch: Schedule, block: Block, unrolled: int) -> None:
+def vectorize(sch: Schedule, block: Block, unrolled: int) -> None:
     """Vectorise the innermost loop and unroll the next ones."""
     *_, lane = loops = sch.get_loops(block)
     sch.vectorize(lane)
@@ -85,26 +85,26 @@ def _vectorize(sch: Schedule, block: Block, unrolled: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """A DFT stage: loops (..., batch, blocks, q, radix, part, lane), and `<name>_first` for a composite radix."""
 
     name: str
     radix: int
 
 
-def _transform(name: str, radices: tuple[int, ...]) -> list[_Stage]:
-    return [_Stage(f"{name}{number}", radix) for number, radix in enumerate(radices)]
+def transform(name: str, radices: tuple[int, ...]) -> list[Stage]:
+    return [Stage(f"{name}{number}", radix) for number, radix in enumerate(radices)]
 
 
-def _place(sch: Schedule, stage: _Stage, loop: Loop) -> Block:
+def place(sch: Schedule, stage: Stage, loop: Loop, preserve_unit_loops: bool = True) -> Block:
     """Compute a stage under `loop`, its butterflies unrolled over vectors of lanes."""
     block = sch.get_sblock(stage.name)
-    _at(sch, block, loop)
+    sch.compute_at(block, loop, preserve_unit_loops=preserve_unit_loops)
     if stage.radix in COMPOSITE:
         first = sch.get_sblock(f"{stage.name}_first")
-        _at(sch, first, sch.get_loops(block)[-4])
-        _vectorize(sch, first, unrolled=3)
-    _vectorize(sch, block, unrolled=2)
+        at_consumer(sch, first, sch.get_loops(block)[-4])
+        vectorize(sch, first, unrolled=3)
+    vectorize(sch, block, unrolled=2)
     return block
 
 
@@ -124,34 +124,34 @@ def _circulant_product(
         One iteration finishes a few columns of the last half; the last stage is already under it.
     """
     split = split_of(config)
-    columns = _transform(f"{name}_columns", config.outer)
-    rows = _transform(f"{name}_rows", config.inner)
-    back_rows = _transform(f"{name}_back_rows", config.inner[::-1])
-    back_columns = _transform(f"{name}_back_columns", config.outer[::-1])
+    columns = transform(f"{name}_columns", config.outer)
+    rows = transform(f"{name}_rows", config.inner)
+    back_rows = transform(f"{name}_back_rows", config.inner[::-1])
+    back_columns = transform(f"{name}_back_columns", config.outer[::-1])
 
     for stage in reversed(back_columns[:-1]):
-        _place(sch, stage, column_loop)
+        place(sch, stage, column_loop)
 
-    last_row = _place(sch, back_rows[-1], product_loop)
+    last_row = place(sch, back_rows[-1], product_loop)
     rows_outer, _ = _tile(sch, sch.get_loops(last_row)[-6], choices.rows, choices, largest=4)
     if choices.cooperative:
         sch.parallel(rows_outer)
     for stage in reversed(back_rows[:-1]):
-        _place(sch, stage, rows_outer)
+        place(sch, stage, rows_outer)
     # the last forward and the first inverse stage of a row work on the same points: both stay in registers
     first_back = sch.get_sblock(back_rows[0].name)
-    _place(sch, rows[-1], sch.get_loops(first_back)[-5])
+    place(sch, rows[-1], sch.get_loops(first_back)[-5])
     for stage in reversed(rows[:-1]):
-        _place(sch, stage, rows_outer)
+        place(sch, stage, rows_outer)
 
-    last_column = _place(sch, columns[-1], product_loop)
+    last_column = place(sch, columns[-1], product_loop)
     feature, column = sch.get_loops(last_column)[-7:-5]
     columns_outer, columns_inner = _tile(sch, column, choices.columns, choices, largest=4)
     sch.reorder(columns_outer, feature, columns_inner)
     if choices.cooperative:
         sch.parallel(columns_outer)
     for stage in reversed(columns[:-1]):
-        _place(sch, stage, feature)
+        place(sch, stage, feature)
 
     if choices.pad:
         for block, points in ((last_column, split.n1), (last_row, split.n2)):
@@ -167,11 +167,11 @@ def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> N
     b, h, g, *_ = sch.get_loops(denominator)
     head = sch.fuse(b, h, g)
     sch.parallel(head)
-    last_stage = _transform("key_back_columns", config.outer[::-1])[-1]
-    last = _place(sch, last_stage, head)
+    last_stage = transform("key_back_columns", config.outer[::-1])[-1]
+    last = place(sch, last_stage, head)
     parity, column = sch.get_loops(last)[-7:-5]
     _circulant_product(sch, "key", config, Choices(pad=choices.pad), parity, column)
-    _at(sch, sch.get_sblock("packed_key"), parity)
+    at_consumer(sch, sch.get_sblock("packed_key"), parity)
     sch.decompose_reduction(denominator, sch.get_loops(denominator)[-2])
 
     # numerators and output
@@ -185,19 +185,19 @@ def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> N
     task = sch.fuse(b, h, bucket, group)
     sch.parallel(position if choices.cooperative else task)
     sch.vectorize(lane)
-    _at(sch, sch.get_sblock("inverse_denominator"), task)
+    at_consumer(sch, sch.get_sblock("inverse_denominator"), task)
     numerator = sch.get_sblock("numerator")
-    _at(sch, numerator, task)
+    at_consumer(sch, numerator, task)
     parity, column, q, s, part, lane, feature = sch.get_loops(numerator)[-7:]
     features_outer, features_inner = _tile(sch, feature, choices.feature_block, choices, largest=4)
     columns_outer, columns_inner = _tile(sch, column, choices.columns, choices, largest=4)
     sch.reorder(parity, features_outer, columns_outer, features_inner, columns_inner, q, s, part, lane)
     # the last stage stays in registers and is added to the output at once
-    _place(sch, _transform("value_back_columns", config.outer[::-1])[-1], q)
+    place(sch, transform("value_back_columns", config.outer[::-1])[-1], q)
     _circulant_product(sch, "value", config, choices, features_outer, features_inner)
     packed = sch.get_sblock("packed_value")
-    _at(sch, packed, parity)
-    _vectorize(sch, packed, unrolled=1)
+    at_consumer(sch, packed, parity)
+    vectorize(sch, packed, unrolled=1)
     if choices.cooperative:
         sch.parallel(columns_outer)
         sch.parallel(sch.get_loops(packed)[-5])
@@ -216,49 +216,49 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
     task = sch.fuse(b, h, tile)
     sch.parallel(task)
     sch.vectorize(sch.split(channel, [None, config.lanes])[1])
-    _at(sch, sch.get_sblock("denominator"), task)
+    at_consumer(sch, sch.get_sblock("denominator"), task)
 
     sums = sch.get_sblock("sums")
-    _at(sch, sums, task)
+    at_consumer(sch, sums, task)
     row, vector, lane, block = sch.get_loops(sums)[-4:]
     # a tile of values serves all query rows of the tile, a buffer of weighted scores 64 of them
     score_tile, row = sch.split(row, [None, min(config.tile[0], 64)])
     rows_outer, rows_inner = _tile(sch, row, choices.row_block, choices, largest=8)
     sch.reorder(block, score_tile, rows_outer, rows_inner, vector, lane)
     for name in ("row_sum", "product"):
-        _at(sch, sch.get_sblock(name), rows_outer)
+        at_consumer(sch, sch.get_sblock(name), rows_outer)
     weighted = sch.get_sblock("weighted")
-    _at(sch, weighted, score_tile)
+    at_consumer(sch, weighted, score_tile)
     i, j = sch.get_loops(weighted)[-2:]
     i_outer, i_inner = _tile(sch, i, choices.score_rows, choices, largest=8)
     j_outer, j_inner = sch.split(j, [None, choices.score_vectors * config.lanes])
     sch.reorder(j_outer, i_outer, i_inner, j_inner)
     scores = sch.get_sblock("scores")
-    _at(sch, scores, i_outer)
-    _at(sch, sch.get_sblock("packed_value"), block)
+    at_consumer(sch, scores, i_outer)
+    at_consumer(sch, sch.get_sblock("packed_value"), block)
 
     i, j, feature = sch.get_loops(scores)[-3:]
     j_vector, j_lane = sch.split(j, [None, config.lanes])
     sch.reorder(feature, i, j_vector, j_lane)
-    _vectorize(sch, scores, unrolled=2)
-    _vectorize(sch, sch.decompose_reduction(scores, feature), unrolled=2)
+    vectorize(sch, scores, unrolled=2)
+    vectorize(sch, sch.decompose_reduction(scores, feature), unrolled=2)
     j_vector, j_lane = sch.split(j_inner, [None, config.lanes])
-    _vectorize(sch, weighted, unrolled=2)
+    vectorize(sch, weighted, unrolled=2)
 
     product = sch.get_sblock("product")
     i, vector, lane, j = sch.get_loops(product)[-4:]
     vector_outer, vector = sch.split(vector, [None, choices.vectors])
     sch.reorder(vector_outer, j, i, vector, lane)
-    _vectorize(sch, product, unrolled=2)
-    _vectorize(sch, sch.decompose_reduction(product, j), unrolled=2)
+    vectorize(sch, product, unrolled=2)
+    vectorize(sch, sch.decompose_reduction(product, j), unrolled=2)
     row_sum = sch.get_sblock("row_sum")
     i, lane, part = sch.get_loops(row_sum)[-3:]
     sch.reorder(part, i, lane)
-    _vectorize(sch, row_sum, unrolled=1)
-    _vectorize(sch, sch.decompose_reduction(row_sum, part), unrolled=1)
-    _vectorize(sch, sch.get_sblock("packed_value"), unrolled=1)
-    _vectorize(sch, sums, unrolled=2)
-    _vectorize(sch, sch.decompose_reduction(sums, block), unrolled=0)
+    vectorize(sch, row_sum, unrolled=1)
+    vectorize(sch, sch.decompose_reduction(row_sum, part), unrolled=1)
+    vectorize(sch, sch.get_sblock("packed_value"), unrolled=1)
+    vectorize(sch, sums, unrolled=2)
+    vectorize(sch, sch.decompose_reduction(sums, block), unrolled=0)
 
 
 def features(sch: Schedule, config: AttentionConfig) -> None:
@@ -278,28 +278,28 @@ def features(sch: Schedule, config: AttentionConfig) -> None:
     sch.parallel(task)
 
     activated = sch.get_sblock("activated")
-    _at(sch, activated, task)
+    at_consumer(sch, activated, task)
     vectors = -(-config.num_features // config.lanes)
     vectors_inner = largest_divisor(vectors, 8)
     i, vector, _ = sch.get_loops(activated)[-3:]
     i_outer, i_inner = sch.split(i, [None, largest_divisor(tile[1], min(8, 16 // vectors_inner))])  # 16 accumulators
     vector_outer, vector_inner = sch.split(vector, [None, vectors_inner])
     sch.reorder(i_outer, vector_outer, i_inner, vector_inner)
-    _vectorize(sch, activated, unrolled=0)
+    vectorize(sch, activated, unrolled=0)
     scale = sch.get_sblock("scale")
-    _at(sch, scale, i_outer)
+    at_consumer(sch, scale, i_outer)
     norm, squares, logits = sch.get_sblock("norm"), sch.get_sblock("squares"), sch.get_sblock("logits")
-    _at(sch, norm, i_outer)
-    _at(sch, squares, i_outer)
+    at_consumer(sch, norm, i_outer)
+    at_consumer(sch, squares, i_outer)
     i, lane, part = sch.get_loops(squares)[-3:]
     sch.reorder(part, i, lane)
-    _vectorize(sch, squares, unrolled=1)
-    _vectorize(sch, sch.decompose_reduction(squares, part), unrolled=1)
-    _at(sch, logits, vector_outer)
+    vectorize(sch, squares, unrolled=1)
+    vectorize(sch, sch.decompose_reduction(squares, part), unrolled=1)
+    at_consumer(sch, logits, vector_outer)
     i, vector, lane, k = sch.get_loops(logits)[-4:]
     sch.reorder(k, i, vector, lane)
-    _vectorize(sch, logits, unrolled=2)
-    _vectorize(sch, sch.decompose_reduction(logits, k), unrolled=2)
+    vectorize(sch, logits, unrolled=2)
+    vectorize(sch, sch.decompose_reduction(logits, k), unrolled=2)
 
 
 def direct_weights(sch: Schedule, config: AttentionConfig) -> None:
@@ -318,15 +318,15 @@ def fft_weights(sch: Schedule, config: AttentionConfig) -> None:
     h, p, *_ = sch.get_loops(spectrum)
     task = sch.fuse(h, p)
     sch.parallel(task)
-    stages = _transform("spectrum_columns", config.outer) + _transform("spectrum_rows", config.inner)
+    stages = transform("spectrum_columns", config.outer) + transform("spectrum_rows", config.inner)
     for stage in reversed(stages):
         block = sch.get_sblock(stage.name)
-        _at(sch, block, task)
+        at_consumer(sch, block, task)
         *_, blocks, q, radix, part, position = sch.get_loops(block)
         outer, lane = sch.split(position, [None, config.lanes])
         sch.reorder(blocks, q, outer, radix, part, lane)
         if stage.radix in COMPOSITE:
             first = sch.get_sblock(f"{stage.name}_first")
-            _at(sch, first, outer)
-            _vectorize(sch, first, unrolled=3)
-        _vectorize(sch, block, unrolled=2)
+            at_consumer(sch, first, outer)
+            vectorize(sch, first, unrolled=3)
+        vectorize(sch, block, unrolled=2)

@@ -16,13 +16,9 @@ from rpe_tvm.plan.split import split_of
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
+from rpe_tvm.te.lanes import channel, existing, lane_groups, place, twist, untwisted_sum
 from rpe_tvm.te.shapes import Sizes, feature_buffer
 from rpe_tvm.te.toeplitz import circulant_product
-
-
-def lane_groups(channels: int, lanes: int) -> int:
-    """Return how many complex vectors hold `channels` real channels; the last one is filled up with zeros."""
-    return -(-channels // (2 * lanes))
 
 
 def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -54,37 +50,21 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     def feature_at(buffer: te.Tensor, b: Expr, h: Expr, feature: Expr, n2: Expr, q: Expr, s: Expr) -> Expr:
         return buffer[b, h, feature, n2, q * split.s + s]
 
-    def turn(p: Expr, position: Expr, value: Complex) -> Complex:
-        """Return D value for parity 1."""
-        turned = cx.mul(value, tables.parity(position))
-        return tuple(tirx.Select(p == 0, value[k], turned[k]) for k in (0, 1))
-
-    def turn_back(position: Expr, values: list[Complex]) -> Complex:
-        """Return the sum of both parities, D* applied to the second."""
-        return cx.add(values[0], cx.mul_conj(values[1], tables.parity(position)))
-
     def load_spectrum(h: Expr, p: Expr, k1: Expr, k2: Expr) -> Complex:
         return cx.load(spectrum, h, p, k1 * split.n2 + k2)
-
-    def channel(group: Expr, c: Expr, lane: Expr) -> Expr:
-        return group * (2 * lanes) + c * lanes + lane
-
-    def existing(ch: Expr, channels: int, element: Expr) -> Expr:
-        """Return zero in lanes past the last channel, where there are any."""
-        return element if channels % (2 * lanes) == 0 else tirx.if_then_else(ch < channels, element, cx.real(0.0))
 
     def packed(source: te.Tensor, name: str, groups: int, channels: int, feature_major: bool) -> te.Tensor:
         def pack(b: Expr, h: Expr, g: Expr, p: Expr, n2: Expr, q: Expr, s: Expr, c: Expr, lane: Expr) -> Expr:
             position = split.position(n2, q, s)
 
             def element(part: int) -> Expr:
-                ch = channel(g, part, lane)
+                ch = channel(g, part, lane, lanes)
                 if feature_major:
-                    return existing(ch, channels, feature_at(source, b, h, ch, n2, q, s))
+                    return existing(ch, channels, lanes, feature_at(source, b, h, ch, n2, q, s))
                 # past the end the last position again, whose features are zero: a bound instead of a branch
-                return existing(ch, channels, source[b, h, tirx.min(position, sizes.n_key - 1), ch])
+                return existing(ch, channels, lanes, source[b, h, tirx.min(position, sizes.n_key - 1), ch])
 
-            return cx.part(c, turn(p, position, (element(0), element(1))))
+            return cx.part(c, twist(tables, p, position, (element(0), element(1))))
 
         return cx.compute((sizes.batch, sizes.heads, groups, 2, split.n2, split.q, split.s, 2, lanes), pack, name)
 
@@ -105,9 +85,10 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     def partial_denominator(b: Expr, h: Expr, g: Expr, n2: Expr, q: Expr, s: Expr) -> Expr:
         position = split.position(n2, q, s)
         both = [[weighted_key[b, h, g, p, n2, 0, q, s, k, lane_axis] for k in (0, 1)] for p in (0, 1)]
-        weighted = cx.part(part_axis, turn_back(position, [(x[0], x[1]) for x in both]))
-        ch = channel(g, part_axis, lane_axis)
-        return te.sum(existing(ch, m, feature_at(phi_q, b, h, ch, n2, q, s)) * weighted, axis=[part_axis, lane_axis])
+        weighted = cx.part(part_axis, untwisted_sum(tables, position, [(x[0], x[1]) for x in both]))
+        ch = channel(g, part_axis, lane_axis, lanes)
+        phi = existing(ch, m, lanes, feature_at(phi_q, b, h, ch, n2, q, s))
+        return te.sum(phi * weighted, axis=[part_axis, lane_axis])
 
     denominator = cx.compute(
         (sizes.batch, sizes.heads, feature_groups, split.n2, split.q, split.s),
@@ -152,9 +133,9 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         # i < P always; the remainder tells the schedule so where n_q is symbolic
         position = i % length
         at = split.packed(position)
-        g, c, lane = ch // (2 * lanes), ch // lanes % 2, ch % lanes
+        g, c, lane = place(ch, lanes)
         both = [cx.load_lanes(numerator, (b, h, g, p, *at), lane) for p in (0, 1)]
-        return cx.part(c, turn_back(position, both)) * inverse_denominator[b, h, position]
+        return cx.part(c, untwisted_sum(tables, position, both)) * inverse_denominator[b, h, position]
 
     out = cx.compute((sizes.batch, sizes.heads, sizes.n_query, d), normalised, "out")
     return [phi_q, phi_k, value, spectrum, constants, out]

@@ -18,25 +18,24 @@ LoadColumn = Callable[[tuple[Expr, ...], Expr, Expr, int, Expr], Complex]
 LoadSpectrum = Callable[[tuple[Expr, ...], Expr, Expr], Complex]
 
 
-def circulant_product(
+def transform(
     name: str,
     config: AttentionConfig,
     lead: Sequence[Expr],
     tables: dft.Tables,
     load: LoadColumn,
-    spectrum: LoadSpectrum,
+    finish: dft.Finish,
 ) -> te.Tensor:
-    """Return the product of a circulant matrix with many vectors, unscaled.
-
-    Blocks are named `<name>_columns<k>`, `<name>_rows<k>`, `<name>_back_rows<k>`, `<name>_back_columns<k>`.
+    """Return forward transforms of P points in digit order; blocks are `<name>_columns<k>`, `<name>_rows<k>`.
 
     Returns
     -------
     te.Tensor
-        `lead + [N2, 1, Q, S, 2, lanes]`: element (n2, q, s) is position (s * Q + q) * N2 + n2.
+        `lead + [N1, N2 / R, 1, R, 2, lanes]` with R the last inner radix: frequency (k1, k2) in digit order is element
+        (k1, k2 // R, 0, k2 % R). `finish` was applied to it.
     """
     split = split_of(config)
-    radix1, radix2 = config.outer[-1], config.inner[-1]
+    radix = config.outer[-1]
 
     columns = dft.forward(
         f"{name}_columns",
@@ -50,25 +49,29 @@ def circulant_product(
     )
 
     def load_row(where: tuple[Expr, ...], k1: Expr, q: Expr, s: int, lane: Expr) -> Complex:
-        at = (*where, s * (split.n2 // config.inner[0]) + q, k1 // radix1, 0, k1 % radix1)
+        at = (*where, s * (split.n2 // config.inner[0]) + q, k1 // radix, 0, k1 % radix)
         return columns[(*at, 0, lane)], columns[(*at, 1, lane)]
 
-    rows = dft.forward(
-        f"{name}_rows",
-        config.inner,
-        lead,
-        split.n1,
-        config.lanes,
-        tables,
-        load_row,
-        lambda where, k1, k2, value: cx.mul(value, spectrum(where, k1, k2)),
-    )
+    return dft.forward(f"{name}_rows", config.inner, lead, split.n1, config.lanes, tables, load_row, finish)
 
-    def load_back_row(where: tuple[Expr, ...], k1: Expr, k2: Expr, lane: Expr) -> Complex:
-        at = (*where, k1, k2 // radix2, 0, k2 % radix2)
-        return rows[(*at, 0, lane)], rows[(*at, 1, lane)]
 
-    back_rows = dft.inverse(f"{name}_back_rows", config.inner, lead, split.n1, config.lanes, tables, load_back_row)
+def transform_back(
+    name: str, config: AttentionConfig, lead: Sequence[Expr], tables: dft.Tables, load: dft.LoadInverse
+) -> te.Tensor:
+    """Return unscaled inverse transforms; blocks are `<name>_back_rows<k>`, `<name>_back_columns<k>`.
+
+    Parameters
+    ----------
+    load : callable
+        (leading indices, k1, k2, lane) -> spectrum at these digit-ordered positions.
+
+    Returns
+    -------
+    te.Tensor
+        `lead + [N2, 1, Q, S, 2, lanes]`: element (n2, q, s) is position (s * Q + q) * N2 + n2.
+    """
+    split = split_of(config)
+    back_rows = dft.inverse(f"{name}_back_rows", config.inner, lead, split.n1, config.lanes, tables, load)
     rest = split.n2 // config.inner[0]
 
     def load_back_column(where: tuple[Expr, ...], n2: Expr, k1: Expr, lane: Expr) -> Complex:
@@ -77,3 +80,37 @@ def circulant_product(
         return cx.mul_conj(value, tables.split(n2, k1, split.n1))
 
     return dft.inverse(f"{name}_back_columns", config.outer, lead, split.n2, config.lanes, tables, load_back_column)
+
+
+def at_frequency(
+    config: AttentionConfig, rows: te.Tensor, where: tuple[Expr, ...], k1: Expr, k2: Expr, lane: Expr
+) -> Complex:
+    """Return an element of what `transform` returned."""
+    radix = config.inner[-1]
+    return cx.load_lanes(rows, (*where, k1, k2 // radix, 0, k2 % radix), lane)
+
+
+def circulant_product(
+    name: str,
+    config: AttentionConfig,
+    lead: Sequence[Expr],
+    tables: dft.Tables,
+    load: LoadColumn,
+    spectrum: LoadSpectrum,
+) -> te.Tensor:
+    """Return the product of a circulant matrix with many vectors, unscaled, as `transform_back` returns it."""
+    rows = transform(
+        name,
+        config,
+        lead,
+        tables,
+        load,
+        lambda where, k1, k2, value: cx.mul(value, spectrum(where, k1, k2)),
+    )
+    return transform_back(
+        name,
+        config,
+        lead,
+        tables,
+        lambda where, k1, k2, lane: at_frequency(config, rows, where, k1, k2, lane),
+    )

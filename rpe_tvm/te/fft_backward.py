@@ -1,0 +1,225 @@
+"""Gradients of kernelized attention with RPE by FFT: both transforms of a feature serve all four gradients.
+
+With g_i = grad_out_i / den_i and, for each feature f, y_f = C (phi_k[f] * value) and z_f = C^T (phi_q[f] * g):
+
+    grad phi_q[f]_i = sum_e g_ie y_f,ie      grad phi_k[f]_j = sum_e value_je z_f,je      grad value = sum_f phi_k[f] z_f
+
+and the gradient of c is the correlation of phi_q[f] * g with phi_k[f] * value, summed over features and channels: the
+product of their spectra, one conjugated, of which only the inverse transform's real part counts because two channels ride
+in one complex lane. "Side" 0 is y, with the spectrum of C, side 1 is z, with its conjugate. The same for the denominators,
+whose single channel is 1 on one side and -sum_e g_ie out_ie on the other, is a function of its own with features as lanes.
+Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`).
+"""
+
+from __future__ import annotations
+
+from tvm import te, tirx
+
+from rpe_tvm.plan import twiddles
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
+from rpe_tvm.te import complex as cx
+from rpe_tvm.te import dft
+from rpe_tvm.te.complex import Expr
+from rpe_tvm.te.lanes import channel, existing, lane_groups, place, twist, untwisted_sum
+from rpe_tvm.te.shapes import Sizes, feature_rows
+from rpe_tvm.te.toeplitz import at_frequency, transform, transform_back
+
+
+def parts_of(config: AttentionConfig) -> int:
+    """Return into how many parts the channel groups of a head are divided, each with its own sums over channels."""
+    return 2 if lane_groups(config.head_dim, config.lanes) % 2 == 0 else 1
+
+
+def _feature_pair(config: AttentionConfig, sizes: Sizes, name: str) -> te.Tensor:
+    rows, columns = feature_rows(config, sizes)
+    shape = (cx.int64(2), sizes.batch, sizes.heads, cx.int64(config.num_features), rows, columns)
+    return te.placeholder(shape, cx.FLOAT, name)
+
+
+def _constants(config: AttentionConfig, sizes: Sizes) -> tuple[te.Tensor, dft.Tables]:
+    where = twiddles.layout(config)
+    spectrum = te.placeholder((sizes.heads, *map(cx.int64, (2, config.length, 2))), cx.FLOAT, "spectrum")
+    return spectrum, dft.Tables(te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables"), where)
+
+
+def _products(
+    config: AttentionConfig, rows: te.Tensor, spectrum: te.Tensor, tables: dft.Tables, head: int, parity: int
+) -> te.Tensor:
+    """Return the inverse transforms of both sides, the last leading index; `head` and `parity` are leading ones."""
+    rank = len(rows.shape) - 6
+    split = split_of(config)
+
+    def weighted(at: tuple[Expr, ...], k1: Expr, k2: Expr, lane: Expr) -> cx.Complex:
+        re, im = cx.load(spectrum, at[head], at[parity], k1 * split.n2 + k2)
+        sided = tirx.Select(at[-1] == 0, im, -im)
+        return cx.mul(at_frequency(config, rows, at, k1, k2, lane), (re, sided))
+
+    return transform_back("pair", config, tuple(rows.shape[:rank]), tables, weighted)
+
+
+def fft_backward(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of the gradients of the numerators, the outputs last.
+
+    Parameters
+    ----------
+    config : AttentionConfig
+        An `fft` config.
+    sizes : Sizes
+        Batch, heads and lengths, symbolic or constant.
+
+    Returns
+    -------
+    list of te.Tensor
+        phi `[2, B, H, m, N2, N1]` of queries and keys (zero past the length), value `[B, H, n_k, d]`, grad `[B, H, n_q, d]`
+        (grad_out / den), spectrum `[H, 2, P, 2]`, tables (flat);
+        grad_phi `[B, H, parts, 2, m, N2, Q, S]` and correlation `[B, H, parts, 2, N1, N2 / R, R, 2]`, to be summed over
+        parts, and grad_value `[B, H, n_k, d]`.
+    """
+    m, d, lanes = config.num_features, config.head_dim, config.lanes
+    batch, heads = sizes.batch, sizes.heads
+    split = split_of(config)
+    phi = _feature_pair(config, sizes, "phi")
+    value = te.placeholder((batch, heads, sizes.n_key, cx.int64(d)), cx.FLOAT, "value")
+    grad = te.placeholder((batch, heads, sizes.n_query, cx.int64(d)), cx.FLOAT, "grad")
+    spectrum, tables = _constants(config, sizes)
+    parts = parts_of(config)
+    groups = lane_groups(d, lanes) // parts
+    radix = config.inner[-1]
+
+    def pack(
+        b: Expr, h: Expr, part: Expr, g: Expr, p: Expr, side: Expr, n2: Expr, q: Expr, s: Expr, c: Expr, lane: Expr
+    ) -> Expr:
+        position = split.position(n2, q, s)
+
+        def element(half: int) -> Expr:
+            ch = channel(part * groups + g, half, lane, lanes)
+            # past the end the last position again, whose features are zero: a bound instead of a branch
+            of_value = value[b, h, tirx.min(position, sizes.n_key - 1), ch]
+            of_grad = grad[b, h, tirx.min(position, sizes.n_query - 1), ch]
+            return existing(ch, d, lanes, tirx.if_then_else(side == 0, of_value, of_grad))
+
+        return cx.part(c, twist(tables, p, position, (element(0), element(1))))
+
+    points = (split.n2, split.q, split.s)
+    packed = cx.compute((batch, heads, parts, groups, 2, 2, *points, 2, lanes), pack, "packed")
+
+    def load(at: tuple[Expr, ...], n2: Expr, q: Expr, s: int, lane: Expr) -> cx.Complex:
+        b, h, part, g, p, feature, side = at
+        weight = phi[1 - side, b, h, feature, n2, q * split.s + s]
+        return cx.scale(cx.load_lanes(packed, (b, h, part, g, p, side, n2, q, s), lane), weight)
+
+    lead = (batch, heads, parts, groups, 2, m, 2)
+    rows = transform("pair", config, lead, tables, load, lambda where, k1, k2, x: x)
+    products = _products(config, rows, spectrum, tables, head=1, parity=4)
+
+    # grad phi: twisted products times twisted channels of the other side, whose twists cancel
+    def dot(
+        b: Expr, h: Expr, t: Expr, g: Expr, p: Expr, f: Expr, side: Expr, n2: Expr, q: Expr, s: Expr, lane: Expr
+    ) -> Expr:
+        product = cx.load_lanes(products, (b, h, t, g, p, f, side, n2, 0, q, s), lane)
+        other = cx.load_lanes(packed, (b, h, t, g, p, 1 - side, n2, q, s), lane)
+        return product[0] * other[0] + product[1] * other[1]
+
+    dots = cx.compute((*lead, *points, lanes), dot, "dots")
+    group, parity, feature = (
+        te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in ((groups, "g"), (2, "p"), (m, "f"))
+    )
+    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
+    grad_phi = cx.compute(
+        (batch, heads, parts, 2, m, *points),
+        lambda b, h, t, side, f, n2, q, s: te.sum(
+            dots[b, h, t, group, parity, f, side, n2, q, s, lane_axis], axis=[group, parity, lane_axis]
+        ),
+        "grad_phi",
+    )
+
+    sums = cx.compute(
+        (batch, heads, parts, groups, 2, *points, 2, lanes),
+        lambda b, h, t, g, p, n2, q, s, c, lane: te.sum(
+            phi[1, b, h, feature, n2, q * split.s + s] * products[b, h, t, g, p, feature, 1, n2, 0, q, s, c, lane],
+            axis=feature,
+        ),
+        "sums",
+    )
+
+    def grad_of_value(b: Expr, h: Expr, j: Expr, ch: Expr) -> Expr:
+        position = j % config.length
+        g, c, lane = place(ch, lanes)
+        at = (g // groups, g % groups)
+        both = [cx.load_lanes(sums, (b, h, *at, p, *split.packed(position)), lane) for p in (0, 1)]
+        return cx.part(c, untwisted_sum(tables, position, both))
+
+    grad_value = cx.compute((batch, heads, sizes.n_key, d), grad_of_value, "grad_value")
+
+    # correlation: conj(spectrum of side 1) * spectrum of side 0
+    group2, feature2 = (te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in ((groups, "g"), (m, "f")))
+
+    def correlate(b: Expr, h: Expr, t: Expr, p: Expr, k1: Expr, block: Expr, k: Expr, c: Expr, lane: Expr) -> Expr:
+        at = (b, h, t, group2, p, feature2)
+        first, second = (cx.load_lanes(rows, (*at, side, k1, block, 0, k), lane) for side in (0, 1))
+        return te.sum(cx.part(c, cx.mul_conj(first, second)), axis=[group2, feature2])
+
+    frequencies = (split.n1, split.n2 // radix, radix, 2)
+    cross = cx.compute((batch, heads, parts, 2, *frequencies, lanes), correlate, "cross")
+    last_lane = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
+    correlation = cx.compute(
+        (batch, heads, parts, 2, *frequencies),
+        lambda *at: te.sum(cross[(*at, last_lane)], axis=last_lane),
+        "correlation",
+    )
+    return [phi, value, grad, spectrum, tables.tensor, grad_phi, grad_value, correlation]
+
+
+def fft_denominator_backward(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of C x, C^T y and their correlation, for feature rows x of keys and y of queries.
+
+    Returns
+    -------
+    list of te.Tensor
+        pair `[2, B, H, m, N2, N1]` (x, y), spectrum `[H, 2, P, 2]`, tables (flat);
+        products `[2, B, H, m, N2, N1]` (C x, C^T y) and correlation `[B, H, groups, 2, N1, N2 / R, R, 2]`, to be summed
+        over groups.
+    """
+    m, lanes = config.num_features, config.lanes
+    batch, heads = sizes.batch, sizes.heads
+    split = split_of(config)
+    pair = _feature_pair(config, sizes, "pair")
+    spectrum, tables = _constants(config, sizes)
+    groups = lane_groups(m, lanes)
+    radix = config.inner[-1]
+
+    def pack(b: Expr, h: Expr, g: Expr, p: Expr, side: Expr, n2: Expr, q: Expr, s: Expr, c: Expr, lane: Expr) -> Expr:
+        def element(half: int) -> Expr:
+            ch = channel(g, half, lane, lanes)
+            return existing(ch, m, lanes, pair[side, b, h, ch, n2, q * split.s + s])
+
+        return cx.part(c, twist(tables, p, split.position(n2, q, s), (element(0), element(1))))
+
+    packed = cx.compute((batch, heads, groups, 2, 2, split.n2, split.q, split.s, 2, lanes), pack, "packed")
+    rows = transform(
+        "pair",
+        config,
+        (batch, heads, groups, 2, 2),
+        tables,
+        lambda at, n2, q, s, lane: cx.load_lanes(packed, (*at, n2, q, s), lane),
+        lambda where, k1, k2, x: x,
+    )
+    weighted = _products(config, rows, spectrum, tables, head=1, parity=3)
+
+    def product(side: Expr, b: Expr, h: Expr, ch: Expr, n2: Expr, n1: Expr) -> Expr:
+        g, c, lane = place(ch, lanes)
+        at = (n2, 0, n1 // split.s, n1 % split.s)
+        both = [cx.load_lanes(weighted, (b, h, g, p, side, *at), lane) for p in (0, 1)]
+        return cx.part(c, untwisted_sum(tables, split.position(n2, n1 // split.s, n1 % split.s), both))
+
+    products = cx.compute((2, batch, heads, m, split.n2, split.n1), product, "products")
+    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
+
+    def correlate(b: Expr, h: Expr, g: Expr, p: Expr, k1: Expr, block: Expr, k: Expr, c: Expr) -> Expr:
+        first, second = (cx.load_lanes(rows, (b, h, g, p, side, k1, block, 0, k), lane_axis) for side in (0, 1))
+        return te.sum(cx.part(c, cx.mul_conj(first, second)), axis=lane_axis)
+
+    frequencies = (split.n1, split.n2 // radix, radix, 2)
+    correlation = cx.compute((batch, heads, groups, 2, *frequencies), correlate, "correlation")
+    return [pair, spectrum, tables.tensor, products, correlation]

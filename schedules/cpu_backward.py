@@ -1,0 +1,74 @@
+"""Schedules of the gradients by FFT, shared by CPUs.
+
+Both transforms of a feature are needed by several results. Their loop nests are merged, and everything that they need is
+computed inside, so that each transform is computed once.
+"""
+
+from __future__ import annotations
+
+from tvm.s_tir import Schedule
+
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
+from rpe_tvm.schedules.cpu import at_consumer, place, transform, vectorize
+
+
+def fft_backward(sch: Schedule, config: AttentionConfig) -> None:
+    """Schedule `te.fft_backward`: parallel over (batch, head, part), one feature after the other."""
+    split = split_of(config)
+    columns, rows = transform("pair_columns", config.outer), transform("pair_rows", config.inner)
+    back_rows = transform("pair_back_rows", config.inner[::-1])
+    back_columns = transform("pair_back_columns", config.outer[::-1])
+    grad_phi, sums, cross = (sch.get_sblock(name) for name in ("grad_phi", "sums", "cross"))
+
+    # one nest over (batch, head, part, group, parity, feature) for all results, in it one over columns, one over rows
+    b, h, part, side, feature, column, q, s, group, parity, lane = sch.get_loops(grad_phi)
+    sch.reorder(b, h, part, group, parity, feature, column, side, q, s, lane)
+    b, h, part, group, parity, column2, q, s, c, lane, feature2 = sch.get_loops(sums)
+    sch.reorder(b, h, part, group, parity, feature2, column2, q, s, c, lane)
+    b, h, part, parity, row, *inner, group, feature3 = sch.get_loops(cross)
+    sch.reorder(b, h, part, group, parity, feature3, row, *inner)
+    sch.merge(feature3, feature, feature2)
+    sch.merge(sch.get_loops(grad_phi)[6], sch.get_loops(sums)[6])
+    b, h, part, group, parity, feature, column = sch.get_loops(grad_phi)[:7]
+    task = sch.fuse(b, h, part)
+
+    at_consumer(sch, sch.get_sblock("dots"), column)
+    for stage in reversed(back_columns):
+        place(sch, stage, column)
+
+    # the last inverse stage of a row and the correlation share the rows' spectra
+    last_row = place(sch, back_rows[-1], feature, preserve_unit_loops=False)
+    before = len(sch.get_loops(cross)) - 5
+    side, of_back = sch.get_loops(last_row)[before : before + 2]
+    sch.reorder(of_back, side)
+    row = sch.merge(sch.get_loops(cross)[before], of_back)
+    for stage in (*reversed(back_rows[:-1]), *reversed(rows)):
+        place(sch, stage, row)
+    last_column = place(sch, columns[-1], feature)
+    side, column_before = sch.get_loops(last_column)[-7:-5]
+    sch.reorder(column_before, side)
+    for stage in reversed(columns[:-1]):
+        place(sch, stage, column_before)
+    at_consumer(sch, sch.get_sblock("packed"), parity)
+    correlation = sch.get_sblock("correlation")
+    sch.reverse_compute_at(correlation, task)
+    sch.parallel(task)
+
+    for name, unrolled in (("packed", 1), ("dots", 0), ("sums", 1), ("cross", 1)):
+        vectorize(sch, sch.get_sblock(name), unrolled=unrolled)
+    for block in (grad_phi, correlation):
+        sch.unroll(sch.get_loops(block)[-1])
+    vectorize(sch, sch.decompose_reduction(sums, feature), unrolled=0)
+    vectorize(sch, sch.decompose_reduction(cross, group), unrolled=0)
+    sch.decompose_reduction(grad_phi, group)
+
+    line = 2 * config.lanes
+    for block, points in ((last_column, split.n1), (last_row, split.n2)):
+        axis = len(sch.get(block).writes[0].region) - 6
+        sch.storage_align(block, 0, axis, points * line, line)
+
+    b, h, j, channel = sch.get_loops(sch.get_sblock("grad_value"))
+    outer, _ = sch.split(j, [None, 64])
+    sch.parallel(sch.fuse(b, h, outer))
+    sch.vectorize(sch.split(channel, [None, config.lanes])[1])

@@ -108,6 +108,13 @@ def place(sch: Schedule, stage: Stage, loop: Loop, preserve_unit_loops: bool = T
     return block
 
 
+def pad_rows(sch: Schedule, config: AttentionConfig, block: Block, points: int) -> None:
+    """Pad the rows of what the last stage of columns or rows writes, so that walks across them use all cache sets."""
+    line = 2 * config.lanes
+    axis = len(sch.get(block).writes[0].region) - 6
+    sch.storage_align(block, 0, axis, points * line, line)
+
+
 def _circulant_product(
     sch: Schedule, name: str, config: AttentionConfig, choices: Choices, product_loop: Loop, column_loop: Loop
 ) -> None:
@@ -154,10 +161,8 @@ def _circulant_product(
         place(sch, stage, feature)
 
     if choices.pad:
-        for block, points in ((last_column, split.n1), (last_row, split.n2)):
-            line = 2 * config.lanes
-            axis = len(sch.get(block).writes[0].region) - 6
-            sch.storage_align(block, 0, axis, points * line, line)
+        pad_rows(sch, config, last_column, split.n1)
+        pad_rows(sch, config, last_row, split.n2)
 
 
 def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:

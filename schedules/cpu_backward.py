@@ -10,7 +10,17 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.schedules.cpu import at_consumer, place, transform, vectorize
+from rpe_tvm.schedules.cpu import Block, Loop, Stage, at_consumer, pad_rows, place, transform, vectorize
+from rpe_tvm.te.dft import COMPOSITE
+
+
+def _folds(sch: Schedule, lanes: int) -> list[Block]:
+    """Return the blocks that sum over lanes, the last one first."""
+    names = ["dots"]
+    while lanes > 2:
+        lanes //= 2
+        names.append(f"dots{lanes}")
+    return [sch.get_sblock(name) for name in reversed(names)]
 
 
 def fft_backward(sch: Schedule, config: AttentionConfig) -> None:
@@ -22,8 +32,8 @@ def fft_backward(sch: Schedule, config: AttentionConfig) -> None:
     grad_phi, sums, cross = (sch.get_sblock(name) for name in ("grad_phi", "sums", "cross"))
 
     # one nest over (batch, head, part, group, parity, feature) for all results, in it one over columns, one over rows
-    b, h, part, side, feature, column, q, s, group, parity, lane = sch.get_loops(grad_phi)
-    sch.reorder(b, h, part, group, parity, feature, column, side, q, s, lane)
+    b, h, part, side, feature, column, q, s, group, parity = sch.get_loops(grad_phi)
+    sch.reorder(b, h, part, group, parity, feature, column, side, q, s)
     b, h, part, group, parity, column2, q, s, c, lane, feature2 = sch.get_loops(sums)
     sch.reorder(b, h, part, group, parity, feature2, column2, q, s, c, lane)
     b, h, part, parity, row, *inner, group, feature3 = sch.get_loops(cross)
@@ -33,7 +43,10 @@ def fft_backward(sch: Schedule, config: AttentionConfig) -> None:
     b, h, part, group, parity, feature, column = sch.get_loops(grad_phi)[:7]
     task = sch.fuse(b, h, part)
 
-    at_consumer(sch, sch.get_sblock("dots"), column)
+    position = sch.get_loops(grad_phi)[-1]
+    for block in _folds(sch, config.lanes):
+        at_consumer(sch, block, position)
+        vectorize(sch, block, unrolled=0)
     for stage in reversed(back_columns):
         place(sch, stage, column)
 
@@ -55,20 +68,58 @@ def fft_backward(sch: Schedule, config: AttentionConfig) -> None:
     sch.reverse_compute_at(correlation, task)
     sch.parallel(task)
 
-    for name, unrolled in (("packed", 1), ("dots", 0), ("sums", 1), ("cross", 1)):
+    for name, unrolled in (("packed", 1), ("sums", 1), ("cross", 1)):
         vectorize(sch, sch.get_sblock(name), unrolled=unrolled)
-    for block in (grad_phi, correlation):
-        sch.unroll(sch.get_loops(block)[-1])
+    sch.unroll(position)
+    sch.unroll(sch.get_loops(correlation)[-1])
     vectorize(sch, sch.decompose_reduction(sums, feature), unrolled=0)
     vectorize(sch, sch.decompose_reduction(cross, group), unrolled=0)
     sch.decompose_reduction(grad_phi, group)
 
-    line = 2 * config.lanes
-    for block, points in ((last_column, split.n1), (last_row, split.n2)):
-        axis = len(sch.get(block).writes[0].region) - 6
-        sch.storage_align(block, 0, axis, points * line, line)
+    pad_rows(sch, config, last_column, split.n1)
+    pad_rows(sch, config, last_row, split.n2)
 
     b, h, j, channel = sch.get_loops(sch.get_sblock("grad_value"))
     outer, _ = sch.split(j, [None, 64])
     sch.parallel(sch.fuse(b, h, outer))
     sch.vectorize(sch.split(channel, [None, config.lanes])[1])
+
+
+def fft_denominator_backward(sch: Schedule, config: AttentionConfig) -> None:
+    """Schedule `te.fft_denominator_backward`: parallel over (batch, head, feature group)."""
+    split = split_of(config)
+    columns, rows = transform("pair_columns", config.outer), transform("pair_rows", config.inner)
+    back_rows = transform("pair_back_rows", config.inner[::-1])
+    back_columns = transform("pair_back_columns", config.outer[::-1])
+
+    correlation, last = sch.get_sblock("correlation"), sch.get_sblock(back_columns[-1].name)
+    sch.merge(sch.get_loops(correlation)[3], sch.get_loops(last)[3])
+    b, h, group, parity, _, column, *_ = sch.get_loops(last)
+    if back_columns[-1].radix in COMPOSITE:
+        first = sch.get_sblock(f"{back_columns[-1].name}_first")
+        at_consumer(sch, first, sch.get_loops(last)[-4])
+        vectorize(sch, first, unrolled=3)
+    vectorize(sch, last, unrolled=2)
+    for stage in reversed(back_columns[:-1]):
+        place(sch, stage, column)
+    last_row = _half(sch, back_rows, parity)
+    _half(sch, rows, parity)
+    last_column = _half(sch, columns, parity)
+    packed = sch.get_sblock("packed")
+    at_consumer(sch, packed, parity)
+    vectorize(sch, packed, unrolled=1)
+    pad_rows(sch, config, last_column, split.n1)
+    pad_rows(sch, config, last_row, split.n2)
+    sch.parallel(sch.fuse(b, h, group))
+
+    side, b, h, feature, *_ = sch.get_loops(sch.get_sblock("products"))
+    sch.parallel(sch.fuse(side, b, h, feature))
+
+
+def _half(sch: Schedule, stages: list[Stage], loop: Loop) -> Block:
+    """Place all stages of columns or rows under `loop`, those before the last one column or row after the other."""
+    last = place(sch, stages[-1], loop)
+    column = sch.get_loops(last)[-6]
+    for stage in reversed(stages[:-1]):
+        place(sch, stage, column)
+    return last

@@ -7,12 +7,14 @@ from dataclasses import replace
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules import cpu
+from rpe_tvm.schedules import cpu, cpu_backward
 from rpe_tvm.schedules.cpu import Choices
 
 features = cpu.features
 direct_weights = cpu.direct_weights
 fft_weights = cpu.fft_weights
+fft_backward = cpu_backward.fft_backward
+fft_denominator_backward = cpu_backward.fft_denominator_backward
 
 
 def default_choices(config: AttentionConfig) -> Choices:

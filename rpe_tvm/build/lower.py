@@ -45,6 +45,27 @@ def tuning_workload(config: AttentionConfig) -> tvm.tirx.PrimFunc:
     return attention_function(config, shapes.fixed(config, 1, TUNING_HEADS))
 
 
+def preparing_functions(config: AttentionConfig) -> dict[str, tvm.tirx.PrimFunc]:
+    """Return the functions `features_prf`, `features_nprf` and `weights` in the layout of a config, scheduled."""
+    functions: dict[str, tvm.tirx.PrimFunc] = {}
+    for feature_map in FEATURE_MAPS:
+        arguments = te.create_prim_func(features(config, shapes.symbolic(), feature_map))
+        sch = Schedule(relax_parameters(arguments, STRIDED))
+        x86.features(sch, config)
+        functions[f"features_{feature_map}"] = named(sch, f"features_{feature_map}")
+    is_direct = config.algorithm == "direct"
+    weights = (direct_weights if is_direct else fft_weights)(config, shapes.symbolic())
+    sch = Schedule(relax_parameters(te.create_prim_func(weights), frozenset()))
+    (x86.direct_weights if is_direct else x86.fft_weights)(sch, config)
+    functions["weights"] = named(sch, "weights")
+    return functions
+
+
+def named(sch: Schedule, name: str) -> tvm.tirx.PrimFunc:
+    """Return a scheduled function under its name in the library."""
+    return sch.mod["main"].with_attr("global_symbol", name)
+
+
 def lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
     """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, scheduled.
 
@@ -58,31 +79,14 @@ def lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
     target : TargetSpec
         For which CPU.
     """
-    functions: dict[str, tvm.tirx.PrimFunc] = {}
-
-    def add(name: str, sch: Schedule) -> None:
-        functions[name] = sch.mod["main"].with_attr("global_symbol", name)
-
-    for feature_map in FEATURE_MAPS:
-        sizes = shapes.symbolic()
-        arguments = te.create_prim_func(features(config, sizes, feature_map))
-        sch = Schedule(relax_parameters(arguments, STRIDED))
-        x86.features(sch, config)
-        add(f"features_{feature_map}", sch)
-
-    is_direct = config.algorithm == "direct"
-    weights = (direct_weights if is_direct else fft_weights)(config, shapes.symbolic())
-    sch = Schedule(relax_parameters(te.create_prim_func(weights), frozenset()))
-    (x86.direct_weights if is_direct else x86.fft_weights)(sch, config)
-    add("weights", sch)
-
+    functions = preparing_functions(config)
     sch = Schedule(attention_function(config, shapes.symbolic()))
     record = records.find(config, target.id, tuning_workload)
     if record is None:
         x86.attention(sch, config)
     else:
         record.replay(sch)
-    add("attention", sch)
+    functions["attention"] = named(sch, "attention")
     return Lowered(
         tvm.IRModule(functions),
         {"source": "default"} if record is None else {"source": "tuned", **record.provenance},

@@ -122,17 +122,25 @@ def fft_backward(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         return product[0] * other[0] + product[1] * other[1]
 
     dots = cx.compute((*lead, *points, lanes), dot, "dots")
+    width = lanes
+    while width > 2:
+        # halves by halves in registers; a loop over lanes would read them back from memory one by one
+        width //= 2
+
+        def fold(*at: Expr, wide: te.Tensor = dots, width: int = width) -> Expr:
+            *where, lane = at
+            return wide[(*where, lane)] + wide[(*where, lane + width)]
+
+        dots = cx.compute((*lead, *points, width), fold, f"dots{width}")
     group, parity, feature = (
         te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in ((groups, "g"), (2, "p"), (m, "f"))
     )
-    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
-    grad_phi = cx.compute(
-        (batch, heads, parts, 2, m, *points),
-        lambda b, h, t, side, f, n2, q, s: te.sum(
-            dots[b, h, t, group, parity, f, side, n2, q, s, lane_axis], axis=[group, parity, lane_axis]
-        ),
-        "grad_phi",
-    )
+
+    def dot_of(b: Expr, h: Expr, t: Expr, side: Expr, f: Expr, n2: Expr, q: Expr, s: Expr) -> Expr:
+        at = (b, h, t, group, parity, f, side, n2, q, s)
+        return te.sum(dots[(*at, 0)] + dots[(*at, 1)], axis=[group, parity])
+
+    grad_phi = cx.compute((batch, heads, parts, 2, m, *points), dot_of, "grad_phi")
 
     sums = cx.compute(
         (batch, heads, parts, groups, 2, *points, 2, lanes),

@@ -1,0 +1,32 @@
+"""From a config to the scheduled functions of the gradients of attention."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import te
+from tvm.s_tir import Schedule
+
+from rpe_tvm.build.lower import Lowered, named, preparing_functions
+from rpe_tvm.build.parameters import relax_parameters
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.schedules import x86
+from rpe_tvm.te import shapes
+from rpe_tvm.te.fft_backward import fft_backward, fft_denominator_backward
+
+STRIDED = frozenset(("value", "grad", "grad_value"))
+
+
+def lower(config: AttentionConfig) -> Lowered:
+    """Return the functions `features_prf`, `features_nprf`, `weights`, `backward` and `denominator_backward`, scheduled.
+
+    Features and weights are computed again, in the layout of this config: it may differ from that of the forward pass.
+    """
+    functions = preparing_functions(config)
+    for name, expressions, schedule in (
+        ("backward", fft_backward, x86.fft_backward),
+        ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
+    ):
+        sch = Schedule(relax_parameters(te.create_prim_func(expressions(config, shapes.symbolic())), STRIDED))
+        schedule(sch, config)
+        functions[name] = named(sch, name)
+    return Lowered(tvm.IRModule(functions), {"source": "default"})

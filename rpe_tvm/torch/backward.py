@@ -1,0 +1,118 @@
+"""Gradients of attention from compiled functions: recomputes what the forward pass did not keep.
+
+Kept from the forward pass are its arguments and its output; features, weights and denominators are computed again.
+Nothing of size n m d or n n is made.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rpe_tvm.plan.twiddles import digit_order, weight_table_shape
+from rpe_tvm.runtime import Instance
+from rpe_tvm.torch.layouts import pack_positions, unpack_features
+
+
+class Gradients(NamedTuple):
+    """Gradients of attention on ready features.
+
+    `phi` is `[2, B, H, m, N2, N1]`, of the features of queries (0) and of keys (1), laid out as the features are.
+    """
+
+    phi: Tensor
+    value: Tensor
+    rpe_bias: Tensor
+
+
+def attention_backward(
+    instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+) -> Gradients:
+    """Gradients of ``sum(grad_out * out)`` (Luo 2021, Eq. 10, differentiated; see `te.fft_backward`).
+
+    Parameters
+    ----------
+    instance : Instance
+        The compiled gradients, `rpe_tvm.torch.dispatch.get_backward`.
+    grad_out, out : Tensor
+        ``[B, H, n_q, d]``: the gradient and the result of the forward pass. Rows of grad_out whose denominator is 0
+        must be 0.
+    phi : Tensor
+        ``[2, B, H, m, N2, N1]``: features of queries and keys in the layout of `instance.config`.
+    value : Tensor
+        ``[B, H, n_k, d]``, its last axis contiguous.
+    rpe_bias : Tensor
+        ``[H, n_q + n_k - 1]``, contiguous.
+    is_causal : bool
+        As in the forward pass.
+    """
+    config, functions, tables = instance.config, instance.functions, instance.tables
+    batch, heads, n_q, _ = out.shape
+    n_k = value.shape[2]
+    spectrum = torch.empty(weight_table_shape(config, heads, n_q, n_k))
+    functions["weights"](rpe_bias, n_q, n_k, int(is_causal), tables, spectrum)
+
+    # denominators, and gradients divided by them
+    pair = torch.stack((phi[1], torch.zeros_like(phi[0])))
+    products = torch.empty_like(pair)
+    split = _spectrum_shape(instance)
+    groups = -(-config.num_features // (2 * config.lanes))
+    of_denominator = torch.empty(batch, heads, groups, 2, *split)
+    functions["denominator_backward"](pair, spectrum, tables, products, of_denominator)
+    denominator = unpack_features(config, (phi[0] * products[0]).sum(2, keepdim=True), n_q)
+    grad = torch.where(denominator == 0, 0.0, grad_out / denominator)
+    grad_denominator = pack_positions(config, (grad * out).sum(-1).neg_())[:, :, None]
+    torch.mul(phi[0], grad_denominator, out=pair[1])
+    functions["denominator_backward"](pair, spectrum, tables, products, of_denominator)
+    products[0] *= grad_denominator
+
+    # numerators
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    parts = 2 if -(-config.head_dim // (2 * config.lanes)) % 2 == 0 else 1
+    grad_phi = torch.empty(batch, heads, parts, *phi.shape[:1], config.num_features, *_columns_shape(instance))
+    correlation = torch.empty(batch, heads, parts, 2, *split)
+    functions["backward"](phi, value, grad, spectrum, tables, grad_phi, grad_value, correlation)
+    products += grad_phi.sum(2).view(batch, heads, *phi.shape[:1], *phi.shape[3:]).movedim(2, 0)
+    correlation = correlation.sum((0, 2)) + of_denominator.sum((0, 2))
+    return Gradients(products, grad_value, _bias_gradient(instance, correlation, rpe_bias, n_q, n_k, is_causal))
+
+
+def _spectrum_shape(instance: Instance) -> tuple[int, ...]:
+    config = instance.config
+    radix = config.inner[-1]
+    return math.prod(config.outer), math.prod(config.inner) // radix, radix, 2
+
+
+def _columns_shape(instance: Instance) -> tuple[int, ...]:
+    config = instance.config
+    first = config.outer[0]
+    return math.prod(config.inner), math.prod(config.outer) // first, first
+
+
+def _bias_gradient(
+    instance: Instance, correlation: Tensor, rpe_bias: Tensor, n_q: int, n_k: int, is_causal: bool
+) -> Tensor:
+    """Gradient of b from the gradient of the spectra of exp(b): the inverse of how weights become spectra.
+
+    With S_p the spectrum of parity p, grad c_t = Re sum_k,p S_p[k] exp(2 pi i t (k + p / 2) / P) / 2P and db = c dc.
+    """
+    config = instance.config
+    length = config.length
+    n1 = math.prod(config.outer)
+    order = digit_order(config.outer)[:, None] + n1 * digit_order(config.inner)
+    spectra = torch.empty(correlation.shape[0], 2, length, dtype=torch.complex64)
+    spectra[..., torch.from_numpy(order.ravel())] = torch.view_as_complex(correlation.flatten(2, 4))
+    circular = torch.fft.ifft(spectra)
+    turn = torch.polar(torch.ones(length), torch.arange(length) * (math.pi / length))
+    even, odd = circular[:, 0].real, (circular[:, 1] * turn).real
+    ahead, behind = (even + odd) / 2, (even - odd) / 2  # offsets 0 .. P-1, and -P .. -1
+    by_offset = torch.cat((behind[:, length - (n_q - 1) :], ahead[:, :n_k]), dim=1)
+    count = n_q if is_causal else n_q + n_k - 1  # a causal query sees no later key
+    gradient = torch.zeros_like(rpe_bias)
+    allowed = rpe_bias[:, :count]
+    weights = torch.exp(allowed - allowed.amax(1, keepdim=True))
+    gradient[:, :count] = weights * by_offset[:, :count]
+    return gradient

@@ -1,0 +1,48 @@
+"""Features between torch's layout `[B, H, n, m]` and the buffers that compiled functions read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.split import split_of
+from rpe_tvm.plan.twiddles import feature_shape
+
+
+def pack_features(config: AttentionConfig, phi: Tensor, out: Tensor) -> None:
+    """Write features `[B, H, n, m]` to a buffer of shape `feature_shape`, zeros past n."""
+    batch, heads, n, m = phi.shape
+    padded = out.shape[3] * out.shape[4]
+    if config.algorithm == "direct":
+        rows = out.view(batch, heads, m, padded)
+        rows[..., :n] = phi.mT
+        rows[..., n:] = 0.0
+        return
+    if n < padded:
+        phi = torch.nn.functional.pad(phi, (0, 0, 0, padded - n))
+    split = split_of(config)
+    natural = phi.reshape(batch, heads, split.s, split.q, split.n2, m)
+    out.view(batch, heads, m, split.n2, split.q, split.s).copy_(natural.permute(0, 1, 5, 4, 3, 2))
+
+
+def unpack_features(config: AttentionConfig, buffer: Tensor, n: int) -> Tensor:
+    """Return the features `[B, H, n, m]` of a buffer of `fft`, `[B, H, m, N2, N1]`."""
+    batch, heads, m = buffer.shape[:3]
+    split = split_of(config)
+    columns = buffer.reshape(batch, heads, m, split.n2, split.q, split.s)
+    return columns.permute(0, 1, 5, 4, 3, 2).reshape(batch, heads, config.length, m)[:, :, :n]
+
+
+def pack_positions(config: AttentionConfig, x: Tensor) -> Tensor:
+    """Return one number for each position, `[B, H, n]`, in the order of a buffer of `fft`: `[B, H, N2, N1]`."""
+    packed = x.new_empty(*x.shape[:2], 1, *feature_shape(config, 1, 1, 1, 1)[3:])
+    pack_features(config, x[..., None], packed)
+    return packed[:, :, 0]
+
+
+def empty_features(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> Tensor:
+    """Return a pair of uninitialised feature buffers, of queries and keys: `[2, B, H, m, rows, columns]`."""
+    return torch.empty(2, *feature_shape(config, batch, heads, n_query, n_key))
+
+

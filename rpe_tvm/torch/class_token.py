@@ -67,6 +67,8 @@ def class_token_attention(
         raise ShapeError(
             f"Invalid shape of key_mask: expected [B, 1 + n] = {[batch, length]}, got {list(key_mask.shape)}."
         )
+    if value.numel() == 0:
+        return value.clone()
     phi_q, phi_k = features(feature_map, query, key, key_mask)
     values, biases = value.float(), class_bias.float()
     first = _class_row(phi_q, phi_k, values, biases)

@@ -77,12 +77,13 @@ def grid_attention(
                 f"{list(key_mask.shape)}."
             )
         key_mask = key_mask.flatten(1)
-    if height * width == 0:
+    if value.numel() == 0:
         return value.clone()
-    phi_q, phi_k = (
-        to_sequence(torch.unflatten(phi, 2, (height, width)))
-        for phi in features(feature_map, query.flatten(2, 3), key.flatten(2, 3), key_mask)
-    )
+    phi_q, phi_k = features(feature_map, query.flatten(2, 3), key.flatten(2, 3), key_mask)
+    if is_causal and key_mask is not None:
+        # By FFT a sum over no key is not 0 but a rounding error. Without features it is 0.
+        phi_q = phi_q.masked_fill((key_mask.cumsum(1) == 0)[:, None, :, None], 0.0)
+    phi_q, phi_k = (to_sequence(torch.unflatten(phi, 2, (height, width))) for phi in (phi_q, phi_k))
     out = toeplitz_attention(phi_q, phi_k, to_sequence(value.float()), rpe_bias.float().flatten(1), is_causal=is_causal)
     return to_grid(out, height, width).to(query.dtype)
 
@@ -114,7 +115,7 @@ def grid_toeplitz_matmul(weights: Tensor, x: Tensor) -> Tensor:
         raise ShapeError(f"Invalid shape of x: expected [B, H, height, width, d], got {list(x.shape)}.")
     _, heads, height, width, _ = x.shape
     _check_table("weights", weights, heads, height, width)
-    if height * width == 0:
+    if x.numel() == 0:
         return x.clone()
     return to_grid(toeplitz_matmul(weights.flatten(1), to_sequence(x)), height, width)
 

@@ -69,10 +69,10 @@ def class_token_attention(
         )
     if value.numel() == 0:
         return value.clone()
-    phi_q, phi_k = features(feature_map, query, key, key_mask)
-    values, biases = value.float(), class_bias.float()
-    first = _class_row(phi_q, phi_k, values, biases)
-    others = _token_rows(phi_q, phi_k, values, rpe_bias.float(), biases)
+    phi_q, phi_k, value = features(feature_map, query, key, value, key_mask)
+    class_bias = class_bias.float()
+    first = _class_row(phi_q, phi_k, value, class_bias)
+    others = _token_rows(phi_q, phi_k, value, rpe_bias.float(), class_bias)
     return torch.cat([first, others], 2).to(query.dtype)
 
 

@@ -79,12 +79,13 @@ def grid_attention(
         key_mask = key_mask.flatten(1)
     if value.numel() == 0:
         return value.clone()
-    phi_q, phi_k = features(feature_map, query.flatten(2, 3), key.flatten(2, 3), key_mask)
+    query, key, value = query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+    phi_q, phi_k, value = features(feature_map, query, key, value, key_mask)
     if is_causal and key_mask is not None:
         # By FFT a sum over no key is not 0 but a rounding error. Without features it is 0.
         phi_q = phi_q.masked_fill((key_mask.cumsum(1) == 0)[:, None, :, None], 0.0)
-    phi_q, phi_k = (to_sequence(torch.unflatten(phi, 2, (height, width))) for phi in (phi_q, phi_k))
-    out = toeplitz_attention(phi_q, phi_k, to_sequence(value.float()), rpe_bias.float().flatten(1), is_causal=is_causal)
+    phi_q, phi_k, value = (to_sequence(torch.unflatten(x, 2, (height, width))) for x in (phi_q, phi_k, value))
+    out = toeplitz_attention(phi_q, phi_k, value, rpe_bias.float().flatten(1), is_causal=is_causal)
     return to_grid(out, height, width).to(query.dtype)
 
 

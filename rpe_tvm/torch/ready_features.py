@@ -67,9 +67,10 @@ def features(
     feature_map: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The features of queries and keys in float32; those of keys that are masked are 0.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The features of queries and keys, and the values, in float32; masked keys have features and values of 0.
 
     Parameters
     ----------
@@ -77,6 +78,8 @@ def features(
         ``(query, key) -> (phi_q, phi_k)``.
     query, key : Tensor
         ``[B, H, n, d]``.
+    value : Tensor
+        ``[B, H, n, d_v]``.
     key_mask : Tensor, optional
         ``[B, n]``, bool: False for a key that is not attended to.
 
@@ -84,6 +87,8 @@ def features(
     -------
     phi_q, phi_k : Tensor
         ``[B, H, n, m]``.
+    value : Tensor
+        ``[B, H, n, d_v]``.
 
     Raises
     ------
@@ -96,17 +101,21 @@ def features(
         raise TypeError(
             f"Invalid feature_map: expected a callable (query, key) -> (phi_q, phi_k), got {feature_map!r}."
         )
-    phi_q, phi_k = feature_map(query.float(), key.float())
+    query, key, value = query.float(), key.float(), value.float()
+    masked = None
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise DTypeError(
+                f"Invalid dtype of key_mask: expected torch.bool, True for keys that take part, got {key_mask.dtype}."
+            )
+        # Before the features and in value too: whatever padding holds, even NaN, stays out.
+        masked = ~key_mask[:, None, :, None]
+        key, value = key.masked_fill(masked, 0.0), value.masked_fill(masked, 0.0)
+    phi_q, phi_k = feature_map(query, key)
     if phi_q.shape[:-1] != query.shape[:-1] or phi_k.shape != phi_q.shape:
         raise ShapeError(
             f"Invalid features: expected two tensors {[*query.shape[:-1], 'm']} from feature_map, got "
             f"{list(phi_q.shape)} and {list(phi_k.shape)}."
         )
     phi_q, phi_k = phi_q.float(), phi_k.float()
-    if key_mask is None:
-        return phi_q, phi_k
-    if key_mask.dtype != torch.bool:
-        raise DTypeError(
-            f"Invalid dtype of key_mask: expected torch.bool, True for keys that take part, got {key_mask.dtype}."
-        )
-    return phi_q, phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
+    return phi_q, phi_k if masked is None else phi_k.masked_fill(masked, 0.0), value

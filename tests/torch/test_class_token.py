@@ -148,6 +148,21 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert all(x.grad.dtype == dtype for x in tensors)
 
 
+def test_compile():
+    torch._dynamo.reset()
+
+    def attend(*tensors):
+        return class_token_attention(*tensors, feature_map=elu_features)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    tensors = inputs(12, (3, 4))
+    got, want = compiled(*tensors), attend(*tensors)
+    torch.testing.assert_close(got, want)
+    pairs = zip(torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(want.sum(), tensors), strict=True)
+    for got_grad, want_grad in pairs:
+        torch.testing.assert_close(got_grad, want_grad)
+
+
 def test_errors():
     query, key, value, rpe_bias, class_bias = (x.detach() for x in inputs(12))
 

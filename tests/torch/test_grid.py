@@ -139,6 +139,14 @@ def test_a_masked_key_changes_nothing():
     key[0, :, 2], value[0, :, 2], key[1, :, :, 3], value[1, :, :, 3] = 7.0, -9.0, 5.0, 3.0
     got = grid_attention(query, key, value, rpe_bias, feature_map=elu_features, key_mask=mask)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    key[0, :, 2], value[1, :, :, 3] = torch.nan, torch.inf
+    key.requires_grad_()
+    out = grid_attention(query, key, value, rpe_bias, feature_map=elu_features, key_mask=mask)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(out.sum(), key)
+    assert gradient.isfinite().all() and not gradient[0, :, 2].any() and gradient[0, :, 1].any()
+    key = key.detach().nan_to_num()
+    value = value.nan_to_num(posinf=1.0)
     nothing = torch.zeros_like(mask)
     key.requires_grad_()
     out = grid_attention(query, key, value, rpe_bias, feature_map=elu_features, key_mask=nothing)
@@ -156,6 +164,21 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(out.double(), want, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
     out.sum().backward()
     assert all(x.grad.dtype == dtype for x in tensors)
+
+
+def test_compile():
+    torch._dynamo.reset()
+
+    def attend(query, key, value, rpe_bias, key_mask):
+        return grid_attention(query, key, value, rpe_bias, feature_map=elu_features, is_causal=True, key_mask=key_mask)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    tensors, mask = inputs(3, 4), torch.rand(B, 3, 4) < 0.7
+    got, want = compiled(*tensors, mask), attend(*tensors, mask)
+    torch.testing.assert_close(got, want)
+    pairs = zip(torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(want.sum(), tensors), strict=True)
+    for got_grad, want_grad in pairs:
+        torch.testing.assert_close(got_grad, want_grad)
 
 
 def test_errors():

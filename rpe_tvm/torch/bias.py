@@ -163,7 +163,7 @@ class ALiBiBias(nn.Module):
 class DecayBias(nn.Module):
     """Exponential decay at a learned rate, ``b = -r_h |j - i|``: the weight exp(b) is ``gamma_h^|j-i|``.
 
-    ALiBi with learned slopes; gamma_h = exp(-r_h) is the decay of RetNet (Sun et al. 2023, Eq. 8), learned and
+    ALiBi with learned slopes; gamma_h = exp(-r_h) is the decay of RetNet (Sun et al. 2023), learned and
     symmetric. The formula holds for every length.
 
     Parameters

@@ -35,7 +35,7 @@ def grid_attention(
 ) -> Tensor:
     """Kernelized attention on a grid with a bias for each two-dimensional offset, in O(hw log(hw)).
 
-    Luo 2021, Eq. 10 and section 4.3, with the two-dimensional bias of Swin (Liu et al. 2021). Differentiable in all
+    Luo 2021, Eq. 10, with the two-dimensional bias of Swin (Liu et al. 2021, section 3.2). Differentiable in all
     four tensors.
 
     Parameters

@@ -121,9 +121,9 @@ def relu_features(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 def sikf_features(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """``phi(q) = exp(q - max q)``, ``phi(k) = exp(k - max k)``, elementwise, m = d: a shift-invariant kernel.
 
-    SIKF of FastRPB (Zubkov and Gavrilov 2022, arXiv 2202.11364), whose code subtracts a mean instead. The maximum of q is taken over the channels of one
-    query, that of k over all positions and channels of a head. Both cancel in attention's output; they keep exp from
-    overflowing.
+    SIKF of FastRPB (Zubkov and Gavrilov 2022, arXiv 2202.11364), whose code subtracts a mean instead. The maximum of q
+    is taken over the channels of one query, that of k over all positions and channels of a head. Both cancel in
+    attention's output; they keep exp from overflowing.
 
     Notes
     -----

@@ -1,31 +1,27 @@
-"""rpe_tvm for PyTorch: the functions, the layer, the feature maps and the biases."""
+"""rpe_tvm for PyTorch: the functions, the layers, the feature maps and the biases."""
 
 from rpe_tvm.torch.attention import kernelized_attention
-from rpe_tvm.torch.bias import (
-    ALiBiBias,
-    DecayBias,
-    KerpleLogBias,
-    KerplePowerBias,
-    LearnedBias,
-    LearnedBias2d,
-    T5Bias,
-)
+from rpe_tvm.torch.bias import ALiBiBias, DecayBias, KerpleLogBias, KerplePowerBias, LearnedBias, LearnedBias2d, T5Bias
 from rpe_tvm.torch.class_token import class_token_attention
+from rpe_tvm.torch.core import toeplitz_attention
 from rpe_tvm.torch.dispatch import describe, get_operator, use_artefacts
-from rpe_tvm.torch.grid import grid_attention, grid_toeplitz_matmul
-from rpe_tvm.torch.module import KernelizedAttention
-from rpe_tvm.torch.projection import (
+from rpe_tvm.torch.feature_maps import (
     NPRF,
     PRF,
+    RFA,
+    T2R,
+    TRF,
     FeatureMap,
-    gaussian_projection,
+    elu_features,
     make_feature_map,
-    orthogonal_projection,
+    relu_features,
+    sikf_features,
 )
+from rpe_tvm.torch.grid import grid_attention, grid_toeplitz_matmul
+from rpe_tvm.torch.module import KernelizedAttention
+from rpe_tvm.torch.projection import gaussian_projection, orthogonal_projection, sphere_projection
 
 __all__ = [
-    "NPRF",
-    "PRF",
     "ALiBiBias",
     "DecayBias",
     "FeatureMap",
@@ -34,9 +30,15 @@ __all__ = [
     "KerplePowerBias",
     "LearnedBias",
     "LearnedBias2d",
+    "NPRF",
+    "PRF",
+    "RFA",
+    "T2R",
     "T5Bias",
+    "TRF",
     "class_token_attention",
     "describe",
+    "elu_features",
     "gaussian_projection",
     "get_operator",
     "grid_attention",
@@ -44,5 +46,9 @@ __all__ = [
     "kernelized_attention",
     "make_feature_map",
     "orthogonal_projection",
+    "relu_features",
+    "sikf_features",
+    "sphere_projection",
+    "toeplitz_attention",
     "use_artefacts",
 ]

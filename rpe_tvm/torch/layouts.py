@@ -44,5 +44,3 @@ def pack_positions(config: AttentionConfig, x: Tensor) -> Tensor:
 def empty_features(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> Tensor:
     """Return a pair of uninitialised feature buffers, of queries and keys: `[2, B, H, m, rows, columns]`."""
     return torch.empty(2, *feature_shape(config, batch, heads, n_query, n_key))
-
-

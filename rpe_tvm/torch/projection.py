@@ -1,14 +1,14 @@
-"""Random projections W and the feature maps that use them."""
+"""Random projections W, the draws that feature maps use."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rpe_tvm.errors import DTypeError, ShapeError
+from rpe_tvm.errors import ShapeError
+
+# The compiled operator's registration takes it from here.
+from rpe_tvm.torch.feature_maps import check_feature_map as check_feature_map
 
 
 def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
@@ -89,92 +89,51 @@ def orthogonal_projection(
     return (directions[:num_features] * lengths).to(torch.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureMap:
-    """A feature map phi with its projection W, shared by all heads.
+def sphere_projection(
+    num_features: int, head_dim: int, *, seed: int | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Rows drawn independently and uniformly from the sphere of radius sqrt(d) (Sphere-PRF of Luo 2021).
+
+    The rows have the covariance of N(0, I), but no long ones among them: features vary less, and estimate the kernel
+    with a bias that vanishes as d grows.
 
     Parameters
     ----------
-    projection : Tensor
-        W, ``[m, d]``, float32. See `gaussian_projection` and `orthogonal_projection`.
+    num_features : int
+        Number of rows, m.
+    head_dim : int
+        Number of columns, d.
+    seed, generator : optional
+        As in `gaussian_projection`.
+
+    Returns
+    -------
+    Tensor
+        ``[m, d]``, float32, on the CPU.
     """
-
-    projection: Tensor
-    name: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        if type(self) is FeatureMap:
-            raise TypeError(f"FeatureMap is a base class: use one of {known_feature_maps()}.")
-        kind = type(self).__name__
-        if not isinstance(self.projection, Tensor):
-            raise TypeError(
-                f"Invalid projection of {kind}: expected a torch.Tensor [m, d], got "
-                f"{type(self.projection).__name__}. gaussian_projection(m, d) makes one."
-            )
-        if self.projection.dim() != 2 or 0 in self.projection.shape:
-            raise ShapeError(
-                f"Invalid shape of the projection of {kind}: expected [num_features, head_dim], got "
-                f"{list(self.projection.shape)}."
-            )
-        if self.projection.dtype != torch.float32:
-            raise DTypeError(
-                f"Invalid dtype of the projection of {kind}: expected torch.float32, got "
-                f"{self.projection.dtype}. Convert it with .float()."
-            )
-
-    @property
-    def num_features(self) -> int:
-        """Number of features m."""
-        return self.projection.shape[0]
-
-    @property
-    def head_dim(self) -> int:
-        """Size d of the vectors that the map takes."""
-        return self.projection.shape[1]
+    _check_sizes(num_features, head_dim)
+    gauss = torch.randn(
+        num_features, head_dim, dtype=torch.float64, device="cpu", generator=_generator(seed, generator)
+    )
+    lengths: Tensor = torch.linalg.vector_norm(gauss, dim=1, keepdim=True)
+    rows: Tensor = gauss / lengths * head_dim**0.5
+    return rows.to(torch.float32)
 
 
-class PRF(FeatureMap):
-    """Positive random features: ``phi(x) = exp(W x' - |x'|^2 / 2) / sqrt(m)``, ``x' = x / d^(1/4)``.
+_DRAWS = {"gaussian": gaussian_projection, "orthogonal": orthogonal_projection, "sphere": sphere_projection}
 
-    Luo 2021, Eq. 5; the scaling makes ``phi(q) . phi(k)`` an estimate of ``exp(q . k / sqrt(d))``.
+
+def draw_projection(kind: str, num_features: int, head_dim: int, generator: torch.Generator) -> Tensor:
+    """A projection ``[m, d]`` of the kind ``"gaussian"``, ``"orthogonal"`` or ``"sphere"``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such kind.
+    ShapeError
+        If m or d is less than 1.
     """
-
-    name = "prf"
-
-
-class NPRF(FeatureMap):
-    """Normalised positive random features: ``phi(x) = exp(W x^ - 1/2) / sqrt(m)``, ``x^ = x / |x|_2``.
-
-    Luo 2021, Algorithm 1. A zero vector stays zero under the normalisation.
-    """
-
-    name = "nprf"
-
-
-_FEATURE_MAPS: dict[str, type[FeatureMap]] = {cls.name: cls for cls in (PRF, NPRF)}
-
-
-def known_feature_maps() -> tuple[str, ...]:
-    """Names of the feature maps, in the order of the documentation."""
-    return tuple(_FEATURE_MAPS)
-
-
-def make_feature_map(name: str, projection: Tensor) -> FeatureMap:
-    """The feature map called ``name`` with this projection.
-
-    Parameters
-    ----------
-    name : str
-        ``"prf"`` or ``"nprf"``.
-    projection : Tensor
-        W, ``[m, d]``, float32.
-    """
-    check_feature_map(name)
-    return _FEATURE_MAPS[name](projection)
-
-
-def check_feature_map(name: object) -> None:
-    """Raise ``ValueError`` with the known names unless ``name`` is one of them."""
-    if name not in _FEATURE_MAPS:
-        known = ", ".join(repr(known) for known in _FEATURE_MAPS)
-        raise ValueError(f"Unknown feature map {name!r}: expected one of {known}.")
+    if kind not in _DRAWS:
+        known = ", ".join(repr(known) for known in _DRAWS)
+        raise ValueError(f"Unknown projection {kind!r}: expected one of {known}.")
+    return _DRAWS[kind](num_features, head_dim, generator=generator)

@@ -58,7 +58,8 @@ def test_parameters_that_require_gradients_are_taken():
     args, projection = inputs(10, 10), gaussian_projection(M, D, seed=0)
     want = kernelized_attention(*args, feature_map=NPRF(projection))
     grad = [x.clone().requires_grad_() for x in args]
-    assert torch.equal(kernelized_attention(*grad, feature_map=NPRF(projection.requires_grad_())), want)
+    out = kernelized_attention(*grad, feature_map=NPRF(projection.requires_grad_()))
+    torch.testing.assert_close(out, want, rtol=2e-4, atol=1e-5)  # computed on features, not by the library
 
 
 def test_threads_follow_torch():

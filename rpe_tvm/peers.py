@@ -178,7 +178,7 @@ def _spectrum(rpe_bias: torch.Tensor, n_q: int, size: int, is_causal: bool) -> t
     """Transform of the first column of the circulant matrix that holds the Toeplitz matrix of exp(b)."""
     c = torch.exp(rpe_bias - rpe_bias.amax(dim=-1, keepdim=True))
     if is_causal:
-        c[:, n_q:] = 0.0
+        c = torch.cat((c[:, :n_q], torch.zeros_like(c[:, n_q:])), dim=-1)
     column = c.new_zeros(c.shape[0], size)
     column[:, :n_q] = c[:, :n_q].flip(-1)
     n_ahead = c.shape[1] - n_q

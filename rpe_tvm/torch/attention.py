@@ -71,7 +71,7 @@ def kernelized_attention(
     q, k, v, b = query.float(), key.float(), value.float(), rpe_bias.float()
     if group != 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    if type(feature_map) in COMPILED and key_lengths is None and not _needs_gradients(q, k, v, b, feature_map):
+    if type(feature_map) in COMPILED and key_lengths is None:
         fused = cast(FeatureMap, feature_map)
         out = torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, fused.projection.float(), fused.name, is_causal)
     else:
@@ -79,12 +79,6 @@ def kernelized_attention(
         with torch.autocast("cpu", enabled=False):
             out = _on_features(q, k, v, b, feature_map, is_causal, key_lengths)
     return cast(Tensor, out.to(query.dtype))
-
-
-def _needs_gradients(q: Tensor, k: Tensor, v: Tensor, b: Tensor, feature_map: FeatureMapFunction) -> bool:
-    # The compiled operator has no backward pass yet. What is exported is meant to run, not to be trained.
-    tensors = (q, k, v, b, cast(FeatureMap, feature_map).projection)
-    return torch.is_grad_enabled() and not torch.compiler.is_exporting() and any(x.requires_grad for x in tensors)
 
 
 def _on_features(

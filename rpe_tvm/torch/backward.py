@@ -116,3 +116,38 @@ def _bias_gradient(
     weights = torch.exp(allowed - allowed.amax(1, keepdim=True))
     gradient[:, :count] = weights * by_offset[:, :count]
     return gradient
+
+
+def feature_map_gradients(
+    feature_map: str, x: Tensor, projection: Tensor, grad_exponent: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of PRF's or NPRF's argument and projection from that of the exponent W x' (- |x'|^2 / 2).
+
+    Parameters
+    ----------
+    feature_map : str
+        ``"prf"`` or ``"nprf"`` (Luo 2021, Eq. 5 and Algorithm 1). A zero vector has no direction: NPRF's gradient is 0.
+    x : Tensor
+        ``[B, H, n, d]``.
+    projection : Tensor
+        W, ``[m, d]``.
+    grad_exponent : Tensor
+        ``[B, H, n, m]``.
+
+    Returns
+    -------
+    grad_x, grad_projection : Tensor
+        ``[B, H, n, d]`` and ``[m, d]``, contiguous.
+    """
+    along = grad_exponent @ projection
+    if feature_map == "nprf":
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = torch.where(norm == 0, 0.0, 1.0 / norm)
+        scaled = x * inverse
+        grad_x = (along - scaled * (scaled * along).sum(-1, keepdim=True)) * inverse
+    else:
+        inverse = projection.shape[1] ** -0.25
+        scaled = x * inverse
+        grad_x = (along - scaled * grad_exponent.sum(-1, keepdim=True)) * inverse
+    grad_projection = grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2)
+    return grad_x.contiguous(), grad_projection

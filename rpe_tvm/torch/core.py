@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+
+from rpe_tvm.errors import DTypeError, ShapeError
+from rpe_tvm.plan.twiddles import weight_table_shape
+from rpe_tvm.torch.backward import attention_backward
+from rpe_tvm.torch.dispatch import get_backward, get_operator
+from rpe_tvm.torch.layouts import empty_features, pack_features, unpack_features
+
+torch.library.define(
+    "rpe_tvm::toeplitz_attention",
+    "(Tensor phi_q, Tensor phi_k, Tensor value, Tensor rpe_bias, bool is_causal) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "rpe_tvm::toeplitz_attention_backward",
+    "(Tensor grad_out, Tensor phi_q, Tensor phi_k, Tensor value, Tensor rpe_bias, Tensor out, bool is_causal) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def toeplitz_attention(
@@ -12,7 +32,7 @@ def toeplitz_attention(
     """Attention whose features are given (Luo 2021, Eq. 10), with gradients for all four tensors.
 
     ``out_i = sum_j c[j-i] (phi_q_i . phi_k_j) v_j / sum_j c[j-i] (phi_q_i . phi_k_j)`` with ``c = exp(rpe_bias)``.
-    A row whose denominator is exactly 0 (no key is left) is 0 and passes no gradient.
+    A row that sees only keys whose features are 0 is 0 and passes no gradient.
 
     Parameters
     ----------
@@ -31,18 +51,127 @@ def toeplitz_attention(
     -------
     Tensor
         ``[B, H, n_q, d]``.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ValueError
+        If the arguments do not fit together or are not on the CPU.
     """
-    # Placeholder in plain torch until the compiled backward is in.
-    n_q, n_k = phi_q.shape[2], phi_k.shape[2]
-    size = n_q + n_k
-    c = torch.exp(rpe_bias - rpe_bias.amax(-1, keepdim=True).detach())
-    if is_causal:
-        c = torch.cat([c[:, :n_q], torch.zeros_like(c[:, n_q:])], -1)
-    column = torch.cat([c[:, :n_q].flip(-1), c.new_zeros(c.shape[0], 1), c[:, n_q:].flip(-1)], -1)
-    spectrum = torch.fft.rfft(column, size)[:, None, None]
-    ones = torch.cat([value, value.new_ones(*value.shape[:3], 1)], -1)
-    x = phi_k.mT[:, :, :, None] * ones.mT[:, :, None]
-    y = torch.fft.irfft(torch.fft.rfft(x, size) * spectrum, size)[..., :n_q]
-    num = (phi_q.mT[:, :, :, None] * y).sum(2).mT
-    den = num[..., -1:]
-    return torch.where(den == 0, 0.0, num[..., :-1] / torch.where(den == 0, 1.0, den))
+    return cast(Tensor, torch.ops.rpe_tvm.toeplitz_attention(phi_q, phi_k, value, rpe_bias, is_causal))
+
+
+def _check(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor) -> None:
+    dims = {"phi_q": "[B, H, n_q, m]", "phi_k": "[B, H, n_k, m]", "value": "[B, H, n_k, d]", "rpe_bias": "[H, n]"}
+    for (name, expected), x in zip(dims.items(), (phi_q, phi_k, value, rpe_bias), strict=True):
+        if not x.is_cpu:
+            raise ValueError(f"Invalid device of {name}: expected a CPU tensor, got one on {x.device}; use .cpu().")
+        if x.dtype != torch.float32:
+            raise DTypeError(f"Invalid dtype of {name}: expected torch.float32, got {x.dtype}. Convert with .float().")
+        if x.dim() != expected.count(",") + 1:
+            raise ShapeError(f"Invalid shape of {name}: expected {expected}, got {list(x.shape)}.")
+    batch, heads, n_q, m = phi_q.shape
+    n_k, d = value.shape[2:]
+    if m == 0 or d == 0:
+        raise ShapeError(
+            f"Invalid shape: expected at least one feature and one channel, got phi_q {list(phi_q.shape)} and value "
+            f"{list(value.shape)}."
+        )
+    for name, x, shape in (("phi_k", phi_k, (batch, heads, n_k, m)), ("value", value, (batch, heads, n_k, d))):
+        if x.shape != shape:
+            raise ShapeError(f"Invalid shape of {name}: expected {list(shape)}, got {list(x.shape)}.")
+    offsets = (heads, max(n_q + n_k - 1, 0))
+    if rpe_bias.shape != offsets:
+        raise ShapeError(
+            f"Invalid shape of rpe_bias: expected [H, n_q + n_k - 1] = {list(offsets)}, got {list(rpe_bias.shape)}."
+        )
+
+
+def _sees_no_key(phi_k: Tensor, n_q: int, is_causal: bool) -> Tensor:
+    """Which rows see only keys without features, `[B, H, n_q, 1]` or `[B, H, 1, 1]`.
+
+    Told from the features: by FFT the denominator of such a row is a rounding error of others, not 0.
+    """
+    is_there = phi_k.ne(0).any(-1, keepdim=True)
+    if not is_causal:
+        return ~is_there.any(2, keepdim=True)
+    up_to = is_there.cummax(2).values
+    missing = n_q - up_to.shape[2]
+    if missing > 0:
+        up_to = torch.cat((up_to, up_to[:, :, -1:].expand(-1, -1, missing, -1)), 2)
+    return ~up_to[:, :, :n_q]
+
+
+def _last_axis_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool) -> Tensor:
+    _check(phi_q, phi_k, value, rpe_bias)
+    batch, heads, n_q, m = phi_q.shape
+    n_k, d = value.shape[2:]
+    out = value.new_zeros(batch, heads, n_q, d)
+    if out.numel() == 0 or n_k == 0:
+        return out
+    instance = get_operator(max(n_q, n_k), m, d)
+    config, functions, tables = instance.config, instance.functions, instance.tables
+    phi = empty_features(config, batch, heads, n_q, n_k)
+    pack_features(config, phi_q, phi[0])
+    pack_features(config, phi_k, phi[1])
+    table = torch.empty(weight_table_shape(config, heads, n_q, n_k))
+    functions["weights"](rpe_bias.contiguous(), n_q, n_k, int(is_causal), tables, table)
+    functions["attention"](phi[0], phi[1], _last_axis_contiguous(value), table, tables, out)
+    return out.masked_fill_(_sees_no_key(phi_k, n_q, is_causal), 0.0)
+
+
+def _backward(
+    grad_out: Tensor, phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, out: Tensor, is_causal: bool
+) -> tuple[Tensor, ...]:
+    batch, heads, n_q, m = phi_q.shape
+    n_k, d = value.shape[2:]
+    if out.numel() == 0 or n_k == 0:
+        return tuple(torch.zeros(x.shape) for x in (phi_q, phi_k, value, rpe_bias))
+    instance = get_backward(max(n_q, n_k), m, d)
+    phi = empty_features(instance.config, batch, heads, n_q, n_k)
+    pack_features(instance.config, phi_q, phi[0])
+    pack_features(instance.config, phi_k, phi[1])
+    found = attention_backward(
+        instance,
+        grad_out.masked_fill(_sees_no_key(phi_k, n_q, is_causal), 0.0),
+        out,
+        phi,
+        _last_axis_contiguous(value),
+        rpe_bias.contiguous(),
+        is_causal,
+    )
+    of_query, of_key = (
+        unpack_features(instance.config, part, n).contiguous() for part, n in zip(found.phi, (n_q, n_k), strict=True)
+    )
+    return of_query, of_key, found.value, found.rpe_bias
+
+
+def _fake_forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool) -> Tensor:
+    _check(phi_q, phi_k, value, rpe_bias)
+    return value.new_empty(*phi_q.shape[:3], value.shape[3])
+
+
+def _fake_backward(
+    grad_out: Tensor, phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, out: Tensor, is_causal: bool
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (phi_q, phi_k, value, rpe_bias))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.is_causal = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.rpe_tvm.toeplitz_attention_backward(grad_out, *ctx.saved_tensors, ctx.is_causal)
+    return (*found, None)
+
+
+torch.library.impl("rpe_tvm::toeplitz_attention", "CompositeExplicitAutograd", _forward)
+torch.library.impl("rpe_tvm::toeplitz_attention_backward", "CompositeExplicitAutograd", _backward)
+torch.library.register_fake("rpe_tvm::toeplitz_attention", _fake_forward)
+torch.library.register_fake("rpe_tvm::toeplitz_attention_backward", _fake_backward)
+torch.library.register_autograd("rpe_tvm::toeplitz_attention", _gradients, setup_context=_setup_context)

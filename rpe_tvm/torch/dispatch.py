@@ -81,6 +81,33 @@ def get_operator(n: int, num_features: int, head_dim: int) -> Instance:
     return found
 
 
+_backwards = {}
+
+
+def get_backward(n: int, num_features: int, head_dim: int) -> Instance:
+    """The compiled gradients for n positions; compiles them if it has to."""
+    import tvm_ffi
+
+    from rpe_tvm import targets
+    from rpe_tvm.build import compile as build
+    from rpe_tvm.build import lower_backward
+    from rpe_tvm.plan import wisdom
+
+    target = targets.detect()
+    bucket = bucket_length(n)
+    key = (bucket, num_features, head_dim)
+    if key not in _backwards:
+        config = wisdom.fft_config(num_features, head_dim, bucket, wisdom.fft_lanes(target.id, target.lanes))
+        lowered = lower_backward.lower(config)
+        path = build.compile_module(
+            lowered.mod, f"backward-{config.name}", config.to_json(), target, op="attention_backward"
+        )
+        module = tvm_ffi.load_module(str(path / "lib.so"))
+        names = ("features_prf", "features_nprf", "weights", "backward", "denominator_backward")
+        _backwards[key] = Instance.of(config, {name: module[name] for name in names})
+    return _backwards[key]
+
+
 def describe(n: int, num_features: int, head_dim: int) -> str:
     """The algorithm that runs for n positions, such as ``fft 8.8x8.8``; compiles it if it has to."""
     return get_operator(n, num_features, head_dim).config.description

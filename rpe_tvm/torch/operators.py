@@ -1,4 +1,4 @@
-"""The operator ``torch.ops.rpe_tvm.kernelized_attention``: schema, CPU kernel, fake kernel, autograd rule."""
+"""The operator ``torch.ops.rpe_tvm.kernelized_attention`` and its gradients: schemas, CPU and fake kernels, autograd."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
-from rpe_tvm.torch.dispatch import get_operator
+from rpe_tvm.torch.backward import attention_backward, feature_map_gradients
+from rpe_tvm.torch.dispatch import get_backward, get_operator
+from rpe_tvm.torch.layouts import empty_features, unpack_features
 from rpe_tvm.torch.projection import check_feature_map
-
-_FORWARD_ONLY = (
-    "Gradients of rpe_tvm::kernelized_attention are not available: this version of rpe_tvm computes the "
-    "forward pass only, training support is to come. Call it under torch.no_grad(), or on detached tensors."
-)
 
 torch.library.define(
     "rpe_tvm::kernelized_attention",
@@ -24,8 +21,9 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 torch.library.define(
-    "rpe_tvm::refuse_backward",
-    "(Tensor grad_output, Tensor input) -> Tensor",
+    "rpe_tvm::kernelized_attention_backward",
+    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor rpe_bias, Tensor projection, Tensor out, "
+    "str feature_map, bool is_causal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -145,24 +143,62 @@ def _kernelized_attention_fake(
     return _empty_output(query)
 
 
-# The refusal is an operator, and no plain `raise` in `_backward`, because torch.compile traces the backward
-# pass with the forward pass: a compiled forward call has to work on a module whose parameters need gradients.
-def _refuse_backward(grad_output: Tensor, input: Tensor) -> Tensor:
-    raise RuntimeError(_FORWARD_ONLY)
+def _kernelized_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> tuple[Tensor, ...]:
+    n_q, n_k = query.shape[2], key.shape[2]
+    if out.numel() == 0 or n_k == 0:
+        return tuple(torch.zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
+    instance = get_backward(max(n_q, n_k), projection.shape[0], query.shape[3])
+    projection = projection.contiguous()
+    inputs = [_last_axis_contiguous(x) for x in (query, key)]
+    phi = empty_features(instance.config, *query.shape[:2], n_q, n_k)
+    for x, features in zip(inputs, phi, strict=True):
+        instance.functions[f"features_{feature_map}"](x, projection, features)
+    found = attention_backward(
+        instance, grad_out, out, phi, _last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
+    )
+    grad_exponents = found.phi.mul_(phi)  # phi is an exponential
+    grad_projection = torch.zeros_like(projection)
+    grads = []
+    for x, grad_exponent in zip(inputs, grad_exponents, strict=True):
+        natural = unpack_features(instance.config, grad_exponent, x.shape[2])
+        grad_x, part = feature_map_gradients(feature_map, x, projection, natural)
+        grads.append(grad_x)
+        grad_projection += part
+    return *grads, found.value, found.rpe_bias, grad_projection
 
 
-def _refuse_backward_fake(grad_output: Tensor, input: Tensor) -> Tensor:
-    return torch.empty_like(input)
+def _kernelized_attention_backward_fake(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, rpe_bias, projection))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    *tensors, ctx.feature_map, ctx.is_causal = inputs
+    ctx.save_for_backward(*tensors, output)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    grads = (
-        torch.ops.rpe_tvm.refuse_backward(grad_output, x) if needed else None
-        for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:5], strict=True)
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.rpe_tvm.kernelized_attention_backward(
+        grad_out, *ctx.saved_tensors, ctx.feature_map, ctx.is_causal
     )
     return (*grads, None, None)
 
@@ -170,7 +206,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 # CompositeExplicitAutograd: one kernel for all devices, so that a tensor on another device gets our message.
 # The dispatcher resolves conj and neg bits before it calls a kernel.
 torch.library.impl("rpe_tvm::kernelized_attention", "CompositeExplicitAutograd", _kernelized_attention)
-torch.library.impl("rpe_tvm::refuse_backward", "CompositeExplicitAutograd", _refuse_backward)
+torch.library.impl(
+    "rpe_tvm::kernelized_attention_backward", "CompositeExplicitAutograd", _kernelized_attention_backward
+)
 torch.library.register_fake("rpe_tvm::kernelized_attention", _kernelized_attention_fake)
-torch.library.register_fake("rpe_tvm::refuse_backward", _refuse_backward_fake)
+torch.library.register_fake("rpe_tvm::kernelized_attention_backward", _kernelized_attention_backward_fake)
 torch.library.register_autograd("rpe_tvm::kernelized_attention", _backward, setup_context=_setup_context)

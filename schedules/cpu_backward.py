@@ -57,7 +57,9 @@ def fft_backward(sch: Schedule, config: AttentionConfig) -> None:
     sch.reorder(of_back, side)
     row = sch.merge(sch.get_loops(cross)[before], of_back)
     for stage in (*reversed(back_rows[:-1]), *reversed(rows)):
-        place(sch, stage, row)
+        block = place(sch, stage, row)
+        if stage is back_rows[0] and stage.radix in COMPOSITE:
+            sch.unroll(sch.get_loops(block)[-7])  # sides: one of them takes conjugates
     last_column = place(sch, columns[-1], feature)
     side, column_before = sch.get_loops(last_column)[-7:-5]
     sch.reorder(column_before, side)

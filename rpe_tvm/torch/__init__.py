@@ -1,8 +1,9 @@
-"""rpe_tvm for PyTorch: the function, the layer and the feature maps."""
+"""rpe_tvm for PyTorch: the function, the layers and the feature maps."""
 
 from rpe_tvm.torch.attention import kernelized_attention
 from rpe_tvm.torch.dispatch import describe, get_operator, use_artefacts
 from rpe_tvm.torch.module import KernelizedAttention
+from rpe_tvm.torch.multihead import MultiheadKernelizedAttention
 from rpe_tvm.torch.projection import (
     NPRF,
     PRF,
@@ -17,6 +18,7 @@ __all__ = [
     "PRF",
     "FeatureMap",
     "KernelizedAttention",
+    "MultiheadKernelizedAttention",
     "describe",
     "gaussian_projection",
     "get_operator",

@@ -182,7 +182,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training.add_arguments(parser, list(CONTESTANTS), "training_results/char_lm")
     args = training.parse(parser)
-    sizes, steps = (QUICK, 350) if args.quick else (FULL, 1000)
+    sizes, steps = (QUICK, 350) if args.quick else (FULL, 600)
     quick = ["nprf", "nprf+rpe"]
     names = training.chosen(parser, args.contestants, list(CONTESTANTS), quick if args.quick else list(CONTESTANTS))
     schedule = training.Schedule(args.steps or steps)

@@ -192,26 +192,29 @@ def test_models_see_no_later_byte(char_lm):
         assert not torch.allclose(model(later)[:, 7:], model(x)[:, 7:])
 
 
+def kinds(shapes, image, at):
+    """Which shape each whole cell is, row by row, None for another one, if cells begin at `at`."""
+    cells = image[at[0] :, at[1] :].unfold(0, 3, 3).unfold(1, 3, 3).flatten(0, 1).tolist()
+    known = [[list(row) for row in shape] for shape in shapes.SHAPES]
+    return [known.index(cell) if cell in known else None for cell in cells]
+
+
 def test_images_and_answers(shapes):
     sizes = replace(shapes.QUICK, noise=0.0, grid=15)
     pixels, answers = shapes.images(8, sizes, torch.Generator().manual_seed(0))
     assert set(pixels.flatten().tolist()) == {0, 1} and set(answers.flatten().tolist()) == {0, 1, 2}
-    patterns = {tuple(sum(shapes.SHAPES[k], ())): k for k in (1, 2)}
-    found = set()
-    for image, answer in zip(pixels.tolist(), answers.tolist(), strict=True):
-        # Whole crosses that are framed by nothing, so that there is no doubt what they are.
-        for r in range(2, 13):
-            for c in range(2, 13):
-                square = tuple(image[r + i][c + j] for i in (-1, 0, 1) for j in (-1, 0, 1))
-                ring = [image[r + i][c + j] for i in range(-2, 3) for j in range(-2, 3) if max(abs(i), abs(j)) == 2]
-                if square in patterns and not any(ring) and r - 1 >= 3 and c - 1 >= 6:
-                    seen = tuple(answer[r + i - 3][c + j - 6] for i in (-1, 0, 1) for j in (-1, 0, 1))
-                    assert seen == tuple(patterns[square] * each for each in square)
-                    found.add(patterns[square])
-        assert not any(any(row) for row in answer[-3:]) and not any(any(row[-6:]) for row in answer)
-        is_cross = [[each > 0 for each in row[:-6]] for row in answer[:-3]]
-        assert is_cross == [[each > 0 for each in row[6:]] for row in image[3:]]
-    assert found == {1, 2}
+    for image, answer in zip(pixels, answers, strict=True):
+        # The cells lie where every whole cell of 3 x 3 pixels is one of the shapes.
+        ((row, column),) = [at for at in itertools.product(range(3), repeat=2) if None not in kinds(shapes, image, at)]
+        cells = iter(kinds(shapes, image, (row, column)))
+        for r in range(row, 13, 3):
+            for c in range(column, 13, 3):
+                kind = next(cells)
+                if r >= 3 and c >= 6:
+                    seen = answer[r - 3 : r, c - 6 : c - 3]
+                    assert torch.equal(seen, kind * torch.tensor(shapes.SHAPES[kind]))
+        assert not answer[-3:].any() and not answer[:, -6:].any()
+        assert torch.equal(answer[:-3, :-6] > 0, image[3:, 6:] > 0)
     noisy, _ = shapes.images(8, replace(sizes, noise=0.1), torch.Generator().manual_seed(0))
     assert 0.05 < (noisy != pixels).float().mean() < 0.15
 

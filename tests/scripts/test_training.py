@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.compile
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 

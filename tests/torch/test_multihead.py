@@ -6,12 +6,14 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.torch import MultiheadKernelizedAttention
+
+pytestmark = pytest.mark.usefixtures("reference_operator")
 
 E, H, LONGEST, M = 24, 4, 16, 8
 D = E // H
@@ -85,7 +87,7 @@ def close(got, want, tolerance=2e-5):
     has_bias=st.booleans(),
     batch_first=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_output_and_gradients_are_those_of_the_dense_formula(
     n_q, n_k, batch, name, num_kv_heads, is_causal, has_bias, batch_first
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -134,6 +135,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         number = getattr(args, option)
         if number is not None and number < 1:
             parser.error(f"--{option}: expected a positive number, got {number}")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the curves need matplotlib, which is not installed: pip install matplotlib")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if not args.resume:

@@ -19,6 +19,7 @@ from rpe_tvm.torch.feature_maps import (
 )
 from rpe_tvm.torch.grid import grid_attention, grid_toeplitz_matmul
 from rpe_tvm.torch.module import KernelizedAttention
+from rpe_tvm.torch.multihead import MultiheadKernelizedAttention
 from rpe_tvm.torch.projection import gaussian_projection, orthogonal_projection, sphere_projection
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "KerplePowerBias",
     "LearnedBias",
     "LearnedBias2d",
+    "MultiheadKernelizedAttention",
     "NPRF",
     "PRF",
     "RFA",

@@ -18,8 +18,7 @@ import training
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from rpe_tvm.torch import gaussian_projection, make_feature_map
-from rpe_tvm.torch.multihead import _attend as kernelized_attention
+from rpe_tvm.torch import gaussian_projection, kernelized_attention, make_feature_map
 from rpe_tvm.torch.toeplitz import toeplitz_matmul
 
 BITS = "bits per byte"

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 import training
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
-from rpe_tvm.torch import NPRF, gaussian_projection
-from rpe_tvm.torch.multihead import _attend as kernelized_attention
-from rpe_tvm.torch.multihead import _features
+from rpe_tvm.torch import NPRF, gaussian_projection, grid_attention, kernelized_attention
 
 RECALL = "mean recall"
 CONTESTANTS = ("nprf", "nprf+rpe-1d", "nprf+rpe-2d")
@@ -66,23 +64,6 @@ def images(count: int, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor
     answers[:, :-BELOW, :-RIGHT] = kinds[:, BELOW:, RIGHT:]
     noise = torch.rand(pixels.shape, generator=generator) < sizes.noise
     return pixels ^ noise.long(), answers
-
-
-def grid_attention(query: Tensor, key: Tensor, value: Tensor, rpe_bias: Tensor, *, feature_map: NPRF) -> Tensor:
-    """Stands in for `rpe_tvm.torch.grid.grid_attention`: ``[B, H, height, width, d]``."""
-    height, width = query.shape[2:4]
-    positions = (height - 1) * (2 * width - 1) + width
-
-    def to_sequence(x: Tensor) -> Tensor:
-        return pad(x, (0, 0, 0, width - 1)).flatten(2, 3)[:, :, :positions]
-
-    out = kernelized_attention(
-        *(to_sequence(x) for x in (*_features(feature_map, query, key), value)),
-        rpe_bias.flatten(1),
-        feature_map=lambda phi_q, phi_k: (phi_q, phi_k),
-        is_causal=False,
-    )
-    return pad(out, (0, 0, 0, width - 1)).unflatten(2, (height, 2 * width - 1))[:, :, :, :width]
 
 
 class Attention(nn.Module):

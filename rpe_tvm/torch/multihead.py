@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from rpe_tvm.errors import DTypeError, ShapeError
-from rpe_tvm.torch.core import toeplitz_attention
-from rpe_tvm.torch.projection import FeatureMap, check_feature_map, gaussian_projection, make_feature_map
-
-FeatureFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+from rpe_tvm.torch.attention import kernelized_attention
+from rpe_tvm.torch.bias import LearnedBias
+from rpe_tvm.torch.feature_maps import FeatureMapFunction, check_feature_map, make_feature_map
+from rpe_tvm.torch.projection import gaussian_projection
 
 
 class MultiheadKernelizedAttention(nn.Module):
@@ -38,7 +37,8 @@ class MultiheadKernelizedAttention(nn.Module):
     num_kv_heads : int, optional
         Heads of keys and values, a divisor of H; each serves H / num_kv_heads heads of queries. H by default.
     max_length : int, optional
-        Makes the relative bias a parameter per head and offset, zeros at first, for sequences up to this length.
+        Makes the relative bias a parameter per head and offset, zeros at first, of sequences up to this length. Longer
+        ones are taken, see `LearnedBias`.
     rpe_bias : nn.Module, optional
         The relative bias in place of that: ``rpe_bias(n_q, n_k)`` returns ``[H, n_q + n_k - 1]``, entry
         ``(j - i) + n_q - 1`` for query i and key j. With neither, attention knows no positions.
@@ -84,7 +84,7 @@ class MultiheadKernelizedAttention(nn.Module):
         num_kv_heads: int | None = None,
         max_length: int | None = None,
         rpe_bias: nn.Module | None = None,
-        feature_map: str | FeatureFunction = "nprf",
+        feature_map: str | FeatureMapFunction = "nprf",
         num_features: int = 32,
         is_causal: bool = False,
         seed: int = 0,
@@ -116,7 +116,7 @@ class MultiheadKernelizedAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self._reset_parameters()
 
-        self.rpe_bias = _LearnedBias(num_heads, max_length) if max_length is not None else rpe_bias
+        self.rpe_bias = LearnedBias(num_heads, max_length) if max_length is not None else rpe_bias
         self.feature_map = feature_map
         if isinstance(feature_map, str):
             check_feature_map(feature_map)
@@ -209,16 +209,16 @@ class MultiheadKernelizedAttention(nn.Module):
         rpe_bias = query.new_zeros(self.num_heads, max(n_q + n_k - 1, 0), dtype=torch.float32)
         if self.rpe_bias is not None:
             rpe_bias = self.rpe_bias(n_q, n_k)
-        feature_map: FeatureMap | FeatureFunction
+        feature_map: FeatureMapFunction
         if isinstance(self.feature_map, str):
-            feature_map = make_feature_map(self.feature_map, cast(Tensor, self.projection).float())
+            feature_map = make_feature_map(self.feature_map, cast(Tensor, self.projection))
         else:
             feature_map = self.feature_map
         if key_padding_mask is not None:
             mask = key_padding_mask if is_batched else key_padding_mask.unsqueeze(0)
             feature_map = _masked(feature_map, _key_weights(mask, batch, n_k))
 
-        heads = _attend(
+        heads = kernelized_attention(
             self._split(self.q_proj(query), self.num_heads),
             self._split(self.k_proj(key), self.num_kv_heads),
             self._split(self.v_proj(value), self.num_kv_heads),
@@ -303,64 +303,10 @@ def _key_weights(mask: Tensor, batch: int, n_k: int) -> Tensor:
     return mask.float().exp()
 
 
-def _masked(feature_map: FeatureMap | FeatureFunction, key_weights: Tensor) -> FeatureFunction:
+def _masked(feature_map: FeatureMapFunction, key_weights: Tensor) -> FeatureMapFunction:
     # A key is in both sums through its features only: without features it is in neither.
     def features(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        phi_q, phi_k = _features(feature_map, query, key)
+        phi_q, phi_k = feature_map(query, key)
         return phi_q, phi_k * key_weights[:, None, :, None]
 
     return features
-
-
-# What follows stands in for the function `kernelized_attention` until that has gradients and takes any feature map.
-
-
-class _LearnedBias(nn.Module):
-    def __init__(self, num_heads: int, max_length: int) -> None:
-        super().__init__()
-        if max_length < 1:
-            raise ShapeError(f"Invalid max_length: expected a positive integer, got {max_length}.")
-        self.max_length = max_length
-        self.weight = nn.Parameter(torch.zeros(num_heads, 2 * max_length - 1))
-
-    def forward(self, n_q: int, n_k: int) -> Tensor:
-        if max(n_q, n_k) > self.max_length:
-            raise ShapeError(f"Invalid length: expected at most {self.max_length} positions, got {max(n_q, n_k)}.")
-        first = self.max_length - n_q
-        return self.weight[:, first : first + max(n_q + n_k - 1, 0)]
-
-
-def _features(feature_map: FeatureMap | FeatureFunction, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    if not isinstance(feature_map, FeatureMap):
-        return feature_map(query, key)
-    w = feature_map.projection
-
-    def phi(x: Tensor) -> Tensor:
-        if feature_map.name == "prf":
-            x = x * w.shape[1] ** -0.25
-            exponent = x @ w.mT - 0.5 * x.square().sum(-1, keepdim=True)
-        else:
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            exponent = x / torch.where(norm == 0, 1.0, norm) @ w.mT - 0.5
-        return cast(Tensor, torch.exp(exponent) * w.shape[0] ** -0.5)
-
-    return phi(query), phi(key)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpe_bias: Tensor,
-    *,
-    feature_map: FeatureMap | Callable[..., Any],
-    is_causal: bool,
-) -> Tensor:
-    if query.numel() == 0 or key.numel() == 0:
-        return torch.zeros_like(query)
-    groups = query.shape[1] // key.shape[1]
-    with torch.autocast(query.device.type, enabled=False):
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        phi_q, phi_k = _features(feature_map, query.float(), key.float())
-        out = toeplitz_attention(phi_q, phi_k, value.float(), rpe_bias.float(), is_causal=is_causal)
-    return out.to(query.dtype)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import te
 
-from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.split import split_of
+from rpe_tvm.plan.split import Factorised, split_of
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
@@ -20,7 +19,7 @@ LoadSpectrum = Callable[[tuple[Expr, ...], Expr, Expr], Complex]
 
 def circulant_product(
     name: str,
-    config: AttentionConfig,
+    config: Factorised,
     lead: Sequence[Expr],
     tables: dft.Tables,
     load: LoadColumn,

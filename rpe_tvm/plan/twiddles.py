@@ -76,6 +76,12 @@ def digit_order(radices: tuple[int, ...]) -> npt.NDArray[np.int64]:
     return frequency
 
 
+def frequencies(config: Factorised) -> npt.NDArray[np.int64]:
+    """Return the frequency at each of the P positions of a spectrum."""
+    n1 = math.prod(config.outer)
+    return np.asarray((digit_order(config.outer)[:, None] + n1 * digit_order(config.inner)).ravel())
+
+
 def _pairs(values: Complex) -> npt.NDArray[np.float32]:
     return np.stack([values.real, values.imag], -1).astype(np.float32).ravel()
 

@@ -17,6 +17,42 @@ LoadColumn = Callable[[tuple[Expr, ...], Expr, Expr, int, Expr], Complex]
 LoadSpectrum = Callable[[tuple[Expr, ...], Expr, Expr], Complex]
 
 
+def forward_halves(
+    name: str,
+    config: Factorised,
+    lead: Sequence[Expr],
+    tables: dft.Tables,
+    load: LoadColumn,
+    finish: dft.Finish,
+) -> te.Tensor:
+    """Return the transforms of many vectors in digit order, `finish` applied; blocks `<name>_columns<k>`, `_rows<k>`.
+
+    Returns
+    -------
+    te.Tensor
+        `lead + [N1, blocks, 1, radix, 2, lanes]`: element (k1, block, t) is position k1 * N2 + block * radix + t.
+    """
+    split = split_of(config)
+    radix1 = config.outer[-1]
+
+    columns = dft.forward(
+        f"{name}_columns",
+        config.outer,
+        lead,
+        split.n2,
+        config.lanes,
+        tables,
+        load,
+        lambda where, n2, k1, value: cx.mul(value, tables.split(n2, k1, split.n1)),
+    )
+
+    def load_row(where: tuple[Expr, ...], k1: Expr, q: Expr, s: int, lane: Expr) -> Complex:
+        at = (*where, s * (split.n2 // config.inner[0]) + q, k1 // radix1, 0, k1 % radix1)
+        return columns[(*at, 0, lane)], columns[(*at, 1, lane)]
+
+    return dft.forward(f"{name}_rows", config.inner, lead, split.n1, config.lanes, tables, load_row, finish)
+
+
 def circulant_product(
     name: str,
     config: Factorised,
@@ -35,32 +71,9 @@ def circulant_product(
         `lead + [N2, 1, Q, S, 2, lanes]`: element (n2, q, s) is position (s * Q + q) * N2 + n2.
     """
     split = split_of(config)
-    radix1, radix2 = config.outer[-1], config.inner[-1]
-
-    columns = dft.forward(
-        f"{name}_columns",
-        config.outer,
-        lead,
-        split.n2,
-        config.lanes,
-        tables,
-        load,
-        lambda where, n2, k1, value: cx.mul(value, tables.split(n2, k1, split.n1)),
-    )
-
-    def load_row(where: tuple[Expr, ...], k1: Expr, q: Expr, s: int, lane: Expr) -> Complex:
-        at = (*where, s * (split.n2 // config.inner[0]) + q, k1 // radix1, 0, k1 % radix1)
-        return columns[(*at, 0, lane)], columns[(*at, 1, lane)]
-
-    rows = dft.forward(
-        f"{name}_rows",
-        config.inner,
-        lead,
-        split.n1,
-        config.lanes,
-        tables,
-        load_row,
-        lambda where, k1, k2, value: cx.mul(value, spectrum(where, k1, k2)),
+    radix2 = config.inner[-1]
+    rows = forward_halves(
+        name, config, lead, tables, load, lambda where, k1, k2, value: cx.mul(value, spectrum(where, k1, k2))
     )
 
     def load_back_row(where: tuple[Expr, ...], k1: Expr, k2: Expr, lane: Expr) -> Complex:

@@ -16,7 +16,7 @@ from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
 from rpe_tvm.te.shapes import Sizes
-from rpe_tvm.te.toeplitz import circulant_product
+from rpe_tvm.te.toeplitz import LoadColumn, circulant_product, forward_halves
 
 
 def toeplitz_matmul(config: ToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -42,29 +42,13 @@ def toeplitz_matmul(config: ToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
     constants = te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables")
     tables = dft.Tables(constants, where)
 
-    def load(at: tuple[Expr, ...], n2: Expr, q: Expr, s: int, lane: Expr) -> Complex:
-        """Return two channels of x as one complex number, D times it for parity 1."""
-        b, h, g, p = at
-        position = split.position(n2, q, s)
-
-        def element(part: int) -> Expr:
-            channel = (2 * g + part) * lanes + lane
-            # past the end the last position again, as zero: a bound instead of a branch
-            found = x[b, h, tirx.min(position, sizes.n_key - 1), channel]
-            inside = tirx.Select(position < sizes.n_key, found, cx.real(0.0))
-            return inside if d % (2 * lanes) == 0 else tirx.if_then_else(channel < d, inside, cx.real(0.0))
-
-        value = element(0), element(1)
-        turned = cx.mul(value, tables.parity(position))
-        return tirx.Select(p == 0, value[0], turned[0]), tirx.Select(p == 0, value[1], turned[1])
-
-    groups = -(-d // (2 * lanes))
+    groups = _groups(config)
     product = circulant_product(
         "product",
         config,
         (sizes.batch, sizes.heads, groups, 2),
         tables,
-        load,
+        _pairs(config, x, sizes.n_key, tables),
         lambda at, k1, k2: cx.load(spectrum, at[1], at[3], k1 * split.n2 + k2),
     )
 
@@ -83,3 +67,77 @@ def toeplitz_matmul(config: ToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
 
     out = cx.compute((sizes.batch, sizes.heads, sizes.n_query, d), unpack, "out")
     return [x, spectrum, constants, out]
+
+
+def toeplitz_correlation(config: ToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of the gradient of the weights, in frequency space, the output last.
+
+    For y = T x and its gradient g, dw[t] = sum_i g_i x_{i+t}, summed over channels. With the transforms G and X of
+    pairs of channels that is the real part of the inverse transform of sum conj(G) X.
+
+    Returns
+    -------
+    list of te.Tensor
+        grad `[B, H, n_out, d]`, x `[B, H, n_in, d]`, tables (flat), sums `[B, H, 2, P, 2]` in digit order, for each
+        parity.
+    """
+    split = split_of(config)
+    radix = config.inner[-1]
+    where = twiddles.layout(config)
+    d = cx.int64(config.head_dim)
+    grad = te.placeholder((sizes.batch, sizes.heads, sizes.n_query, d), cx.FLOAT, "grad")
+    x = te.placeholder((sizes.batch, sizes.heads, sizes.n_key, d), cx.FLOAT, "x")
+    constants = te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables")
+    tables = dft.Tables(constants, where)
+    lead = (sizes.batch, sizes.heads, _groups(config), 2)
+    transforms = [
+        forward_halves(
+            name, config, lead, tables, _pairs(config, source, n, tables), lambda where, k1, k2, value: value
+        )
+        for name, source, n in (("grad", grad, sizes.n_query), ("x", x, sizes.n_key))
+    ]
+    group = te.reduce_axis((cx.int64(0), cx.int64(_groups(config))), "group")
+
+    def correlate(b: Expr, h: Expr, p: Expr, k1: Expr, block: Expr, t: Expr, c: Expr, lane: Expr) -> Expr:
+        g, z = (cx.load_lanes(each, (b, h, group, p, k1, block, 0, t), lane) for each in transforms)
+        return te.sum(cx.part(c, cx.mul_conj(z, g)), axis=group)
+
+    by_lane = cx.compute(
+        (sizes.batch, sizes.heads, 2, split.n1, split.n2 // radix, radix, 2, config.lanes), correlate, "by_lane"
+    )
+    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(config.lanes)), "lane")
+
+    def add_lanes(b: Expr, h: Expr, p: Expr, position: Expr, c: Expr) -> Expr:
+        k1, k2 = position // split.n2, position % split.n2
+        return te.sum(by_lane[b, h, p, k1, k2 // radix, k2 % radix, c, lane_axis], axis=lane_axis)
+
+    sums = cx.compute((sizes.batch, sizes.heads, 2, config.length, 2), add_lanes, "sums")
+    return [grad, x, constants, sums]
+
+
+def _groups(config: ToeplitzConfig) -> int:
+    """Return how many complex vectors hold the channels of a head."""
+    return -(-config.head_dim // (2 * config.lanes))
+
+
+def _pairs(config: ToeplitzConfig, x: te.Tensor, n: Expr, tables: dft.Tables) -> LoadColumn:
+    """Return the function that loads two channels of x as one complex number, D times it for parity 1."""
+    d, lanes = config.head_dim, config.lanes
+    split = split_of(config)
+
+    def load(at: tuple[Expr, ...], n2: Expr, q: Expr, s: int, lane: Expr) -> Complex:
+        b, h, g, p = at
+        position = split.position(n2, q, s)
+
+        def element(part: int) -> Expr:
+            channel = (2 * g + part) * lanes + lane
+            # past the end the last position again, as zero: a bound instead of a branch
+            found = x[b, h, tirx.min(position, n - 1), channel]
+            inside = tirx.Select(position < n, found, cx.real(0.0))
+            return inside if d % (2 * lanes) == 0 else tirx.if_then_else(channel < d, inside, cx.real(0.0))
+
+        value = element(0), element(1)
+        turned = cx.mul(value, tables.parity(position))
+        return tirx.Select(p == 0, value[0], turned[0]), tirx.Select(p == 0, value[1], turned[1])
+
+    return load

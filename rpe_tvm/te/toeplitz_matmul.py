@@ -32,7 +32,8 @@ def toeplitz_matmul(config: ToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        x `[B, H, n_in, d]`, spectrum `[H, 2, P, 2]` of `te.weights.plain_weights`, tables (flat), out `[B, H, n_out, d]`.
+        x `[B, H, n_in, d]`, spectrum `[H, 2, P, 2]` of `te.weights.plain_weights`, tables (flat),
+        out `[B, H, n_out, d]`.
     """
     d, length, lanes = config.head_dim, config.length, config.lanes
     split = split_of(config)

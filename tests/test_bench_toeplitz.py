@@ -74,7 +74,8 @@ def test_rows(operator):
 )
 def test_a_wrong_result_has_no_speed(operator, spoil, capsys):
     operator.spoil = spoil
-    assert main("bench --op toeplitz --lengths 40 --heads 2 --head-dim 3 --threads 1 --seconds 0".split()) == 1
+    command = "bench --op toeplitz --lengths 40 --heads 2 --head-dim 3 --threads 1 --seconds 0"
+    assert main(command.split()) == 1
     printed = capsys.readouterr()
     assert "Wrong result of rpe_tvm at 40" in printed.err and "ms (" not in printed.out
 

@@ -20,9 +20,9 @@ D = 16
 EPS = torch.finfo(torch.float32).eps
 
 
-def inputs(n, n_out, batch=2, heads=3, d=D, seed=0):
+def inputs(n, n_out, batch=2, heads=3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(heads, max(n_out + n - 1, 0), generator=g), torch.randn(batch, heads, n, d, generator=g)
+    return torch.randn(heads, max(n_out + n - 1, 0), generator=g), torch.randn(batch, heads, n, D, generator=g)
 
 
 def dense(weights, x, n_out):
@@ -38,11 +38,9 @@ def check(got, expected, length):
     assert error < EPS * (1 + np.log2(length + 1))
 
 
-@pytest.mark.parametrize(
-    ("n", "n_out", "d"), [(1, 1, D), (2, 2, D), (63, 63, D), (5, 60, D), (64, 1, D), (1000, 600, D), (50, 40, 7)]
-)
-def test_values(n, n_out, d):
-    weights, x = inputs(n, n_out, d=d)
+@pytest.mark.parametrize(("n", "n_out"), [(1, 1), (2, 2), (63, 63), (5, 60), (64, 1), (1000, 600)])
+def test_values(n, n_out):
+    weights, x = inputs(n, n_out)
     expected = reference.toeplitz_dense(weights.numpy(), x.numpy(), n_out)
     check(toeplitz_matmul(weights, x, n_out), torch.from_numpy(expected), max(n, n_out))
 

@@ -568,6 +568,7 @@ def _git_commit() -> str | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench` to its parser."""
+    parser.add_argument("--op", choices=["attention", "toeplitz"], default="attention", help="default: %(default)s")
     parser.add_argument("--target", choices=["x86"], default="x86", help="what to run on (default: %(default)s)")
     parser.add_argument(
         "--lengths",

@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from rpe_tvm import __version__, bench
+from rpe_tvm import __version__, bench, bench_toeplitz
 from rpe_tvm.errors import RpeTvmError
 
 
@@ -42,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     compiling = commands.add_parser("compile", help="compile operators into a directory to ship")
-    compiling.add_argument("--op", choices=["attention"], default="attention", help="operator (default: %(default)s)")
+    compiling.add_argument(
+        "--op", choices=["attention", "toeplitz"], default="attention", help="operator (default: %(default)s)"
+    )
     compiling.add_argument("--features", type=_positive, default=32, metavar="M", help="default: %(default)s")
     compiling.add_argument("--head-dim", type=_positive, default=64, metavar="D", help="default: %(default)s")
     compiling.add_argument(
@@ -134,10 +137,16 @@ def _info(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     from rpe_tvm import build, targets
     from rpe_tvm.build import manifest
-    from rpe_tvm.plan import wisdom
+    from rpe_tvm.plan import toeplitz, wisdom
 
     target = targets.preset(args.target)
-    configs = [wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes) for n in args.lengths]
+
+    def choose(n: int) -> Any:
+        if args.op == "toeplitz":
+            return toeplitz.choose(target.id, n, args.head_dim, target.lanes)
+        return wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes)
+
+    configs = [choose(n) for n in args.lengths]
     for config in sorted(set(configs), key=lambda each: each.length):
         start = time.perf_counter()
         path = build.export(config, target, args.out)
@@ -151,6 +160,9 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.op == "toeplitz":
+        return bench_toeplitz.main(args)
+
     def describe(n: int) -> str:
         from rpe_tvm import torch
 

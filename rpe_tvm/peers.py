@@ -110,6 +110,37 @@ def torch_fft_bytes(
     return 4 * batch * heads * (products + rest)
 
 
+def torch_fft_toeplitz(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The Toeplitz product y_i = sum_j w[j-i] x_j through torch.fft along n, as FastRPB's authors write it.
+
+    Parameters
+    ----------
+    weights
+        `[H, 2 n - 1]`; offset t = j - i stands at index t + n - 1.
+    x
+        `[B, H, n, d]`.
+
+    Returns
+    -------
+    Tensor
+        `[B, H, n, d]`.
+    """
+    n = x.shape[2]
+    size = fft_length(2 * n - 1)
+    spectrum = _column_spectrum(weights, n, size)[..., None]
+    full: torch.Tensor = torch.fft.irfft(torch.fft.rfft(x, size, dim=2) * spectrum, size, dim=2)
+    return full[:, :, :n]
+
+
+def torch_fft_toeplitz_contiguous(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """As `torch_fft_toeplitz` with positions as the contiguous axis and in place, the leaner form."""
+    n = x.shape[2]
+    size = fft_length(2 * n - 1)
+    transformed = torch.fft.rfft(x.mT.contiguous(), size).mul_(_column_spectrum(weights, n, size)[:, None])
+    full: torch.Tensor = torch.fft.irfft(transformed, size)
+    return full[..., :n].mT.contiguous()
+
+
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool = False) -> torch.Tensor:
     """Softmax attention without a bias, `[B, H, n_q, d]`: another result, the peer that a user has today."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
@@ -179,6 +210,11 @@ def _spectrum(rpe_bias: torch.Tensor, n_q: int, size: int, is_causal: bool) -> t
     c = torch.exp(rpe_bias - rpe_bias.amax(dim=-1, keepdim=True))
     if is_causal:
         c = torch.cat((c[:, :n_q], torch.zeros_like(c[:, n_q:])), dim=-1)
+    return _column_spectrum(c, n_q, size)
+
+
+def _column_spectrum(c: torch.Tensor, n_q: int, size: int) -> torch.Tensor:
+    """Transform of the first column of the circulant matrix that holds the Toeplitz matrix of c."""
     column = c.new_zeros(c.shape[0], size)
     column[:, :n_q] = c[:, :n_q].flip(-1)
     n_ahead = c.shape[1] - n_q

@@ -12,7 +12,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.split import split_of
+from rpe_tvm.plan.split import Factorised, split_of
 from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te.dft import COMPOSITE
 
@@ -314,13 +314,17 @@ def direct_weights(sch: Schedule, config: AttentionConfig) -> None:
 
 
 def fft_weights(sch: Schedule, config: AttentionConfig) -> None:
-    """Schedule `te.fft_weights`: parallel over (head, parity), the columns of the split as lanes."""
+    """Schedule `te.fft_weights`."""
     sch.parallel(sch.get_loops(sch.get_sblock("largest"))[0])
+    spectrum(sch, config)
+
+
+def spectrum(sch: Schedule, config: Factorised) -> None:
+    """Schedule the spectrum of `te.weights`: parallel over (head, parity), the columns of the split as lanes."""
     folded = sch.get_sblock("folded")
     h, sign, _ = sch.get_loops(folded)
     sch.parallel(sch.fuse(h, sign))
-    spectrum = sch.get_sblock("spectrum")
-    h, p, *_ = sch.get_loops(spectrum)
+    h, p, *_ = sch.get_loops(sch.get_sblock("spectrum"))
     task = sch.fuse(h, p)
     sch.parallel(task)
     stages = transform("spectrum_columns", config.outer) + transform("spectrum_rows", config.inner)

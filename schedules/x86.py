@@ -7,7 +7,8 @@ from dataclasses import replace
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules import cpu, cpu_backward
+from rpe_tvm.plan.toeplitz import ToeplitzConfig
+from rpe_tvm.schedules import cpu, cpu_backward, cpu_toeplitz
 from rpe_tvm.schedules.cpu import Choices
 
 features = cpu.features
@@ -15,6 +16,8 @@ direct_weights = cpu.direct_weights
 fft_weights = cpu.fft_weights
 fft_backward = cpu_backward.fft_backward
 fft_denominator_backward = cpu_backward.fft_denominator_backward
+plain_weights = cpu.spectrum
+toeplitz_correlation = cpu_toeplitz.toeplitz_correlation
 
 
 def default_choices(config: AttentionConfig) -> Choices:
@@ -59,3 +62,8 @@ def attention_space(sch: Schedule, config: AttentionConfig) -> list[Schedule]:
         schedule_attention(space, config, choices)
         spaces.append(space)
     return spaces
+
+
+def toeplitz_matmul(sch: Schedule, config: ToeplitzConfig) -> None:
+    """Apply the schedule of the Toeplitz product; arrays past 2 MiB are shared by all threads, as for `fft`."""
+    cpu_toeplitz.toeplitz_matmul(sch, config, cooperative=config.length * 2 * config.lanes > 1 << 19)

@@ -28,7 +28,8 @@ BELOW = {
     "torch": {"errors", "plan", "runtime"},
     "peers": {"errors", "reference"},
     "bench": {"errors", "reference"},
-    "cli": {"errors", "bench"},
+    "bench_toeplitz": {"errors", "bench"},
+    "cli": {"errors", "bench", "bench_toeplitz"},
     "__main__": {"cli"},
 }
 # Layer -> what a function may import besides, when it runs: compiling on demand, and the commands of the
@@ -37,13 +38,14 @@ ON_DEMAND = {
     "targets": {"runtime"},
     "torch": {"build", "targets"},
     "bench": {"peers", "torch"},
+    "bench_toeplitz": {"peers", "torch"},
     "cli": {"build", "plan", "targets", "torch", "tune"},
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {
     "tvm": ({"te", "schedules", "build", "tune"}, {"targets"}),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"targets"}),
-    "torch": ({"torch", "peers"}, {"bench"}),
+    "torch": ({"torch", "peers"}, {"bench", "bench_toeplitz"}),
     "matplotlib": (set(), {"bench"}),
     "xgboost": (set(), {"tune"}),
 }

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from rpe_tvm.build import cache, link, manifest
 from rpe_tvm.errors import BuildError
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.targets import TargetSpec, to_tvm
 
 if TYPE_CHECKING:
     import tvm
 
     from rpe_tvm.build.lower import Lowered
+
+Config = AttentionConfig | ToeplitzConfig
 
 _DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
 
@@ -44,17 +47,21 @@ def compile_attention(config: AttentionConfig, target: TargetSpec) -> Path:
     BuildError
         If it does not compile, or the cache cannot be used.
     """
-    lowered = _lower(config, target)
-    return compile_module(lowered.mod, config.name, config.to_json(), target, schedule=lowered.schedule)
+    return _compile_operator(config, target)
 
 
-def export(config: AttentionConfig, target: TargetSpec, out_dir: str | os.PathLike[str]) -> Path:
-    """Compile the attention operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that."""
-    return copy_artefact(compile_attention(config, target), Path(out_dir) / config.name / target.id)
+def compile_toeplitz(config: ToeplitzConfig, target: TargetSpec) -> Path:
+    """Compile the Toeplitz product, or take it from the cache; as `compile_attention`."""
+    return _compile_operator(config, target)
 
 
-def in_memory(config: AttentionConfig, target: TargetSpec) -> dict[str, Callable[..., Any]]:
-    """Compile the attention operator for this process only: writes nothing and needs no C++ compiler.
+def export(config: Config, target: TargetSpec, out_dir: str | os.PathLike[str]) -> Path:
+    """Compile an operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that."""
+    return copy_artefact(_compile_operator(config, target), Path(out_dir) / config.name / target.id)
+
+
+def in_memory(config: Config, target: TargetSpec) -> dict[str, Callable[..., Any]]:
+    """Compile an operator for this process only: writes nothing and needs no C++ compiler.
 
     The functions run on the thread pool of TVM, whose number of threads is that of the variables
     TVM_NUM_THREADS or OMP_NUM_THREADS, else of the CPUs that this process may use; it does not follow
@@ -87,7 +94,8 @@ def compile_module(
     op
         Name of the operator.
     schedule
-        Where the schedule comes from, for the manifest; ``source`` is ``"tuned"`` or ``"default"``.
+        Where the schedule comes from, for the manifest; ``source`` is ``"tuned"``, ``"default"`` or ``"fixed"`` (there
+        is nothing to tune).
     """
     tvm_target = to_tvm(target)
     functions = _function_names(mod)
@@ -153,11 +161,19 @@ def copy_artefact(artefact: Path, destination: Path) -> Path:
     return destination
 
 
-def _lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
-    # Not at the top: it imports tvm, and the cache and the linker need none.
-    from rpe_tvm.build.lower import lower
+def _compile_operator(config: Config, target: TargetSpec) -> Path:
+    lowered = _lower(config, target)
+    op = "toeplitz" if isinstance(config, ToeplitzConfig) else "attention"
+    return compile_module(lowered.mod, config.name, config.to_json(), target, op=op, schedule=lowered.schedule)
 
-    return lower(config, target)
+
+def _lower(config: Config, target: TargetSpec) -> Lowered:
+    # Not at the top: they import tvm, and the cache and the linker need none.
+    from rpe_tvm.build import lower, lower_toeplitz
+
+    if isinstance(config, ToeplitzConfig):
+        return lower_toeplitz.lower(config)
+    return lower.lower(config, target)
 
 
 def _function_names(mod: tvm.IRModule) -> list[str]:

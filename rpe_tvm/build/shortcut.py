@@ -20,13 +20,15 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _SOURCES = (".", "build", "plan", "te", "schedules")  # what a compiled library is made from
 
 
-def key_of_call(bucket: int, num_features: int, head_dim: int) -> str:
-    """Return the key of a call: its sizes, our sources and tuning logs, the versions and the CPU."""
+def key_of_call(kind: str, bucket: int) -> str:
+    """Return the key of a call: its kind of operator (such as ``attention-m32-d64``) and bucket, and what it depends
+    on: our sources and tuning logs, the versions and the CPU.
+    """
     files = [file for name in _SOURCES for file in (_PACKAGE / name).glob("*.*")] + list(wisdom.LOGS.rglob("*.json"))
     stats = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
     return cache.key_of(
         {
-            "call": [bucket, num_features, head_dim],
+            "call": [kind, bucket],
             "files": stats,
             "versions": manifest.versions(),
             "cpu": cpu_identity(),

@@ -11,6 +11,26 @@ RADICES = (2, 3, 4, 5, 8)
 Algorithm = Literal["direct", "fft"]
 
 
+def check_factorisation(length: int, outer: tuple[int, ...], inner: tuple[int, ...]) -> None:
+    """Raise ValueError unless the radices of both halves of a four-step split multiply to `length`."""
+    if math.prod(outer) * math.prod(inner) != length or not outer or not inner:
+        raise ValueError(
+            f"Invalid factorisation: expected radices whose product is {length}, got outer {outer} and inner {inner}."
+        )
+    if not set(outer + inner) <= set(RADICES):
+        raise ValueError(f"Invalid radix: expected radices of {RADICES}, got {outer + inner}.")
+
+
+def fields_to_json(config: Any) -> dict[str, Any]:
+    """Return the fields of a config as JSON values."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def fields_from_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config that `fields_to_json` wrote."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """What one compiled attention operator computes, and by which algorithm.
@@ -47,13 +67,7 @@ class AttentionConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"Invalid {field}: expected a positive number, got {getattr(self, field)}.")
         if self.algorithm == "fft":
-            if math.prod(self.outer) * math.prod(self.inner) != self.length or not self.outer or not self.inner:
-                raise ValueError(
-                    f"Invalid factorisation: expected radices whose product is {self.length}, "
-                    f"got outer {self.outer} and inner {self.inner}."
-                )
-            if not set(self.outer + self.inner) <= set(RADICES):
-                raise ValueError(f"Invalid radix: expected radices of {RADICES}, got {self.outer + self.inner}.")
+            check_factorisation(self.length, self.outer, self.inner)
         elif self.algorithm == "direct":
             if min(self.tile) < 1:
                 raise ValueError(f"Invalid tile: expected two positive numbers for direct, got {self.tile}.")
@@ -74,10 +88,9 @@ class AttentionConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return fields_to_json(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> AttentionConfig:
         """Return the config that `to_json` wrote."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return cls(**values)
+        return cls(**fields_from_json(fields))

@@ -1,12 +1,23 @@
-"""The four-step split of an `fft` config: P points as N1 x N2, and the order in which columns are transformed."""
+"""The four-step split of a config by FFT: P points as N1 x N2, and the order in which columns are transformed."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from rpe_tvm.plan.config import AttentionConfig
+
+class Factorised(Protocol):
+    """A config of an operator by FFT: `AttentionConfig` (of `fft`) or `ToeplitzConfig`."""
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def outer(self) -> tuple[int, ...]: ...
+    @property
+    def inner(self) -> tuple[int, ...]: ...
+    @property
+    def lanes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Split:
         return position % self.n2, n1 % self.q, n1 // self.q
 
 
-def split_of(config: AttentionConfig) -> Split:
-    """Return the four-step split of an `fft` config."""
+def split_of(config: Factorised) -> Split:
+    """Return the four-step split of a config by FFT."""
     n1 = math.prod(config.outer)
     return Split(n1=n1, n2=config.length // n1, q=n1 // config.outer[0], s=config.outer[0])

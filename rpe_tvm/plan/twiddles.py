@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.split import split_of
+from rpe_tvm.plan.split import Factorised, split_of
 
 # positions of one row of the feature buffers of `direct`, and of one task of the feature map; every tile fits it
 BLOCK = 64
@@ -51,7 +51,7 @@ def stage_sizes(radices: tuple[int, ...]) -> list[tuple[int, int]]:
     return sizes
 
 
-def layout(config: AttentionConfig) -> TableLayout:
+def layout(config: Factorised) -> TableLayout:
     """Return the layout of the tables of an `fft` config."""
     stages: dict[tuple[int, int], int] = {}
     start = 0
@@ -76,6 +76,12 @@ def digit_order(radices: tuple[int, ...]) -> npt.NDArray[np.int64]:
     return frequency
 
 
+def frequencies(config: Factorised) -> npt.NDArray[np.int64]:
+    """Return the frequency at each of the P positions of a spectrum."""
+    n1 = math.prod(config.outer)
+    return np.asarray((digit_order(config.outer)[:, None] + n1 * digit_order(config.inner)).ravel())
+
+
 def _pairs(values: Complex) -> npt.NDArray[np.float32]:
     return np.stack([values.real, values.imag], -1).astype(np.float32).ravel()
 
@@ -93,8 +99,11 @@ def tables(config: AttentionConfig) -> npt.NDArray[np.float32]:
     ndarray of float32, flat
         For `fft` laid out as in `layout`; for `direct` one unused zero.
     """
-    if config.algorithm == "direct":
-        return np.zeros(1, np.float32)
+    return np.zeros(1, np.float32) if config.algorithm == "direct" else fft_tables(config)
+
+
+def fft_tables(config: Factorised) -> npt.NDArray[np.float32]:
+    """Return the tables of a config by FFT, flat, as `layout` says."""
     where = layout(config)
     out = np.empty(where.size, np.float32)
     for (size, radix), start in where.stages.items():

@@ -7,17 +7,26 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tvm_ffi
 
 from rpe_tvm import __version__
 from rpe_tvm.errors import ArtefactError
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.toeplitz import ToeplitzConfig
+from rpe_tvm.runtime import toeplitz
 from rpe_tvm.runtime.cpu import cpu_flags
-from rpe_tvm.runtime.operator import FUNCTIONS, Attention, Instance
+from rpe_tvm.runtime.operator import FUNCTIONS, Attention, Functions, Instance
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+# Operator -> its config and its functions.
+_OPERATORS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "attention": (AttentionConfig, FUNCTIONS),
+    "toeplitz": (ToeplitzConfig, toeplitz.FUNCTIONS),
+}
 
 
 class _Broken(Exception):
@@ -30,7 +39,7 @@ class _Unfit(Exception):
 
 @dataclass(frozen=True)
 class _Candidate:
-    config: AttentionConfig
+    config: Any
     library: Path
     cpu_features: frozenset[str]
 
@@ -59,7 +68,27 @@ def load(path: str | os.PathLike[str]) -> Attention:
         If nothing is there, something is damaged, or a length has no library that this machine can run;
         `reasons` has one line for each refused candidate.
     """
-    top = Path(path)
+    chosen = _candidates(Path(path), "attention")
+    kinds = sorted({(c.config.num_features, c.config.head_dim) for c in chosen})
+    if len(kinds) > 1:
+        raise ArtefactError(
+            f"Compiled operators of several kinds under {path}: expected one num_features m and head_dim d, "
+            f"got {', '.join(f'm={m} d={d}' for m, d in kinds)}. Keep each kind in a directory of its own."
+        )
+    return Attention([Instance.of(candidate.config, _open(candidate)) for candidate in chosen])
+
+
+def load_toeplitz(path: str | os.PathLike[str]) -> toeplitz.ToeplitzInstance:
+    """Load the compiled Toeplitz product of one length under `path`; as `load`."""
+    chosen = _candidates(Path(path), "toeplitz")
+    if len(chosen) > 1:
+        names = ", ".join(candidate.config.name for candidate in chosen)
+        raise ArtefactError(f"Several Toeplitz products under {path}: expected the directory of one, got {names}.")
+    return toeplitz.ToeplitzInstance.of(chosen[0].config, _open(chosen[0]))
+
+
+def _candidates(top: Path, op: str) -> list[_Candidate]:
+    """Return the best library of each length of an operator under `top`; other operators may lie beside it."""
     manifests = [found for depth in ("", "*/", "*/*/") for found in sorted(top.glob(depth + MANIFEST))]
     if not manifests:
         raise ArtefactError(
@@ -73,7 +102,9 @@ def load(path: str | os.PathLike[str]) -> Attention:
     for manifest in manifests:
         directory = manifest.parent
         try:
-            accepted.append(_check(directory))
+            candidate = _check(directory, op)
+            if candidate is not None:
+                accepted.append(candidate)
         except _Broken as reason:
             broken.append(f"{directory}: {reason}")
         except _Unfit as reason:
@@ -87,22 +118,18 @@ def load(path: str | os.PathLike[str]) -> Attention:
             f"(python -m rpe_tvm compile):",
             refused,
         )
+    if not accepted:
+        raise ArtefactError(f"No compiled operator {op!r} under {top}: only others are there.")
     best: dict[str, _Candidate] = {}
-    for candidate in accepted:
-        rival = best.setdefault(candidate.config.name, candidate)
-        if len(candidate.cpu_features) > len(rival.cpu_features):
-            best[candidate.config.name] = candidate
-    chosen = list(best.values())
-    kinds = sorted({(c.config.num_features, c.config.head_dim) for c in chosen})
-    if len(kinds) > 1:
-        raise ArtefactError(
-            f"Compiled operators of several kinds under {top}: expected one num_features m and head_dim d, "
-            f"got {', '.join(f'm={m} d={d}' for m, d in kinds)}. Keep each kind in a directory of its own."
-        )
-    return Attention([_open(candidate) for candidate in chosen])
+    for each in accepted:
+        rival = best.setdefault(each.config.name, each)
+        if len(each.cpu_features) > len(rival.cpu_features):
+            best[each.config.name] = each
+    return list(best.values())
 
 
-def _check(directory: Path) -> _Candidate:
+def _check(directory: Path, op: str) -> _Candidate | None:
+    """Return what the directory holds, None if it is another operator than `op`."""
     try:
         fields = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -111,8 +138,12 @@ def _check(directory: Path) -> _Candidate:
         raise _Broken(f"{MANIFEST} is no manifest of rpe_tvm")
     if fields["format"] != FORMAT:
         raise _Unfit(f"format {fields['format']!r}, this rpe_tvm {__version__} reads format {FORMAT}")
-    if fields.get("op") != "attention":
-        raise _Unfit(f"operator {fields.get('op')!r}, this rpe_tvm {__version__} knows 'attention'")
+    found = fields.get("op")
+    if found not in _OPERATORS:
+        raise _Unfit(f"operator {found!r}, this rpe_tvm {__version__} knows {', '.join(map(repr, _OPERATORS))}")
+    if found != op:
+        return None
+    config_class, names = _OPERATORS[op]
     try:
         library = directory / Path(str(fields["library"]["file"])).name
         sha256 = str(fields["library"]["sha256"])
@@ -124,7 +155,7 @@ def _check(directory: Path) -> _Candidate:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _Broken(f"{MANIFEST} is incomplete: {error!r}") from error
     _check_file(library, sha256)
-    missing = [name for name in FUNCTIONS if name not in functions]
+    missing = [name for name in names if name not in functions]
     if missing:
         raise _Broken(f"the library has no function {', '.join(missing)}")
     for package, installed in (("apache-tvm-ffi", tvm_ffi.__version__), ("rpe_tvm", __version__)):
@@ -136,7 +167,7 @@ def _check(directory: Path) -> _Candidate:
         lacking = ", ".join(sorted(needed - have)) if have else "flags in /proc/cpuinfo, which cannot be read"
         raise _Unfit(f"compiled for {target}, and this CPU lacks {lacking}")
     try:
-        config = AttentionConfig.from_json(config_fields)
+        config = config_class.from_json(config_fields)
     except (TypeError, ValueError) as error:
         raise _Broken(f"{MANIFEST} has no usable config: {error}") from error
     return _Candidate(config, library, needed)
@@ -158,14 +189,14 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _open(candidate: _Candidate) -> Instance:
+def _open(candidate: _Candidate) -> Functions:
     library = candidate.library.resolve()
+    names = FUNCTIONS if isinstance(candidate.config, AttentionConfig) else toeplitz.FUNCTIONS
     try:
         module = tvm_ffi.load_module(str(library))
-        functions = {name: module[name] for name in FUNCTIONS}
+        return {name: module[name] for name in names}
     except (RuntimeError, OSError, AttributeError, KeyError) as error:
         hint = ""
         if "libgomp" in str(error):
             hint = " Install the OpenMP runtime (Debian and Ubuntu: apt install libgomp1)."
         raise ArtefactError(f"Could not open the compiled operator {library.parent}:", [f"{error}{hint}"]) from error
-    return Instance.of(candidate.config, functions)

@@ -290,6 +290,11 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+def scratch(name: str, shape: Sequence[int]) -> FloatArray:
+    """Uninitialised memory of this thread, valid until its next call with the same name."""
+    return _scratch.take(name, shape)
+
+
 def as_tensor(name: str, array: Any, *, writable: bool = False) -> tvm_ffi.Tensor:
     """View `array` as a float32 CPU tensor, without a copy if DLPack can express it.
 

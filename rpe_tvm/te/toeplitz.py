@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import te
 
-from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.split import split_of
+from rpe_tvm.plan.split import Factorised, split_of
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
@@ -20,7 +19,7 @@ LoadSpectrum = Callable[[tuple[Expr, ...], Expr, Expr], Complex]
 
 def transform(
     name: str,
-    config: AttentionConfig,
+    config: Factorised,
     lead: Sequence[Expr],
     tables: dft.Tables,
     load: LoadColumn,
@@ -56,7 +55,7 @@ def transform(
 
 
 def transform_back(
-    name: str, config: AttentionConfig, lead: Sequence[Expr], tables: dft.Tables, load: dft.LoadInverse
+    name: str, config: Factorised, lead: Sequence[Expr], tables: dft.Tables, load: dft.LoadInverse
 ) -> te.Tensor:
     """Return unscaled inverse transforms; blocks are `<name>_back_rows<k>`, `<name>_back_columns<k>`.
 
@@ -83,7 +82,7 @@ def transform_back(
 
 
 def at_frequency(
-    config: AttentionConfig, rows: te.Tensor, where: tuple[Expr, ...], k1: Expr, k2: Expr, lane: Expr
+    config: Factorised, rows: te.Tensor, where: tuple[Expr, ...], k1: Expr, k2: Expr, lane: Expr
 ) -> Complex:
     """Return an element of what `transform` returned."""
     radix = config.inner[-1]
@@ -92,7 +91,7 @@ def at_frequency(
 
 def circulant_product(
     name: str,
-    config: AttentionConfig,
+    config: Factorised,
     lead: Sequence[Expr],
     tables: dft.Tables,
     load: LoadColumn,

@@ -14,7 +14,7 @@ from tvm import te, tirx
 
 from rpe_tvm.plan import twiddles
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.split import split_of
+from rpe_tvm.plan.split import Factorised, split_of
 from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
@@ -64,18 +64,40 @@ def direct_weights(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
 
 
 def fft_weights(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
-    """Return the arguments of the spectrum of exp(b): transforms of the circulant and the skew-circulant part.
-
-    With g[s] = c[-s], the part of parity p is FFT_P of (g[s] +- g[s - P]) exp(-i pi p s / P), divided by 2 P.
-    Positions are lanes: the columns of the four-step split first, then its rows.
+    """Return the arguments of the spectrum of exp(b).
 
     Returns
     -------
     list
-        rpe_bias `[H, n_q + n_k - 1]`, n_q, n_k, causal (0 or 1), tables, spectrum `[H, 2, P, 2]` in digit order.
+        rpe_bias `[H, n_q + n_k - 1]`, n_q, n_k, causal (0 or 1), tables, spectrum `[H, 2, P, 2]` as of `_spectrum`.
     """
     bias, causal = _inputs(sizes)
-    weight = _exp_bias(sizes, bias, causal)
+    return [bias, sizes.n_query, sizes.n_key, causal, *_spectrum(config, sizes, _exp_bias(sizes, bias, causal))]
+
+
+def plain_weights(config: Factorised, sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of the spectrum of weights that are taken as they are.
+
+    Returns
+    -------
+    list
+        weights `[H, n_out + n_in - 1]`, n_out, n_in, tables, spectrum `[H, 2, P, 2]` as of `_spectrum`.
+    """
+    weights = te.placeholder((sizes.heads, sizes.n_query + sizes.n_key - 1), cx.FLOAT, "weights")
+
+    def weight(h: Expr, t: Expr) -> Expr:
+        valid = tirx.all(t > -sizes.n_query, t < sizes.n_key)
+        return tirx.if_then_else(valid, weights[h, t + sizes.n_query - 1], cx.real(0.0))
+
+    return [weights, sizes.n_query, sizes.n_key, *_spectrum(config, sizes, weight)]
+
+
+def _spectrum(config: Factorised, sizes: Sizes, weight: Callable[[Expr, Expr], Expr]) -> tuple[te.Tensor, te.Tensor]:
+    """Return the tables and the transforms `[H, 2, P, 2]` of the circulant and the skew-circulant part, in digit order.
+
+    With g[s] = c[-s], the part of parity p is FFT_P of (g[s] +- g[s - P]) exp(-i pi p s / P), divided by 2 P.
+    Positions are lanes: the columns of the four-step split first, then its rows.
+    """
     split = split_of(config)
     length = config.length
     where = twiddles.layout(config)
@@ -118,4 +140,4 @@ def fft_weights(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         return rows[h, p, 0, k2 // radix, 0, k2 % radix, c, k1]
 
     spectrum = cx.compute((sizes.heads, 2, length, 2), ordered, "spectrum")
-    return [bias, sizes.n_query, sizes.n_key, causal, constants, spectrum]
+    return constants, spectrum

@@ -5,6 +5,7 @@ from rpe_tvm.torch.bias import ALiBiBias, DecayBias, KerpleLogBias, KerplePowerB
 from rpe_tvm.torch.class_token import class_token_attention
 from rpe_tvm.torch.core import toeplitz_attention
 from rpe_tvm.torch.dispatch import describe, get_operator, use_artefacts
+from rpe_tvm.torch.fastrpb import FastRPB, FastRPB2d
 from rpe_tvm.torch.feature_maps import (
     NPRF,
     PRF,
@@ -21,10 +22,13 @@ from rpe_tvm.torch.grid import grid_attention, grid_toeplitz_matmul
 from rpe_tvm.torch.module import KernelizedAttention
 from rpe_tvm.torch.multihead import MultiheadKernelizedAttention
 from rpe_tvm.torch.projection import gaussian_projection, orthogonal_projection, sphere_projection
+from rpe_tvm.torch.toeplitz import toeplitz_matmul
 
 __all__ = [
     "ALiBiBias",
     "DecayBias",
+    "FastRPB",
+    "FastRPB2d",
     "FeatureMap",
     "KernelizedAttention",
     "KerpleLogBias",
@@ -52,5 +56,6 @@ __all__ = [
     "sikf_features",
     "sphere_projection",
     "toeplitz_attention",
+    "toeplitz_matmul",
     "use_artefacts",
 ]

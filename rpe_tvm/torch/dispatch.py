@@ -8,21 +8,57 @@ import os
 import re
 import threading
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rpe_tvm.errors import ArtefactError, BuildError, CompilerNotFoundError
+from rpe_tvm.plan import toeplitz, wisdom
 from rpe_tvm.plan.buckets import bucket_length
-from rpe_tvm.runtime import Instance, load
+from rpe_tvm.plan.toeplitz import ToeplitzConfig
+from rpe_tvm.runtime import Instance, ToeplitzInstance, load, load_toeplitz
+from rpe_tvm.runtime.operator import Functions
+
+if TYPE_CHECKING:
+    from rpe_tvm.targets import TargetSpec
 
 ARTEFACTS_VARIABLE = "RPE_TVM_ARTEFACTS"
 
-# AttentionConfig.name
-_NAME = re.compile(r"attention-m(\d+)-d(\d+)-n(\d+)")
+# The name of a config: its kind, such as attention-m32-d64 or toeplitz-d64, and its length.
+_NAME = re.compile(r"(attention-m\d+-d\d+|toeplitz-d\d+)-n(\d+)")
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
-_loaded: dict[tuple[int, int, int], Instance] = {}  # (bucket, m, d) -> operator
+_loaded: dict[tuple[str, int], Any] = {}  # (kind, bucket) -> operator
 _warned: set[str] = set()
 _artefacts: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Kind(Generic[T]):
+    """How one kind of operator is found and made.
+
+    Parameters
+    ----------
+    name : str
+        Its configs' names without the length.
+    options : str
+        Of ``python -m rpe_tvm compile``, without lengths.
+    load : callable
+        Path of an artefact and its length -> operator.
+    choose : callable
+        Target and bucket -> config.
+    wrap : callable
+        Config and functions -> operator.
+    """
+
+    name: str
+    options: str
+    load: Callable[[Path, int], T]
+    choose: Callable[[TargetSpec, int], Any]
+    wrap: Callable[[Any, Functions], T]
 
 
 def use_artefacts(directory: str | os.PathLike[str] | None) -> None:
@@ -69,14 +105,40 @@ def get_operator(n: int, num_features: int, head_dim: int) -> Instance:
     BuildError
         If compiling fails.
     """
-    bucket = bucket_length(n)
-    key = (bucket, num_features, head_dim)
-    found = _loaded.get(key)
+    return _get(
+        _Kind(
+            name=f"attention-m{num_features}-d{head_dim}",
+            options=f"--op attention --features {num_features} --head-dim {head_dim}",
+            load=lambda path, length: load(path).instance(length),
+            choose=lambda target, bucket: wisdom.choose(target.id, bucket, num_features, head_dim, target.lanes),
+            wrap=Instance.of,
+        ),
+        bucket_length(n),
+    )
+
+
+def get_toeplitz(n: int, head_dim: int) -> ToeplitzInstance:
+    """The compiled Toeplitz product for n positions, the larger of inputs and outputs; as `get_operator`."""
+    return _get(
+        _Kind(
+            name=f"toeplitz-d{head_dim}",
+            options=f"--op toeplitz --head-dim {head_dim}",
+            load=lambda path, length: load_toeplitz(path),
+            choose=lambda target, bucket: toeplitz.choose(target.id, bucket, head_dim, target.lanes),
+            wrap=ToeplitzInstance.of,
+        ),
+        bucket_length(n),
+    )
+
+
+def _get(kind: _Kind[T], bucket: int) -> T:
+    key = (kind.name, bucket)
+    found: T | None = _loaded.get(key)
     if found is None:
         with _lock:
             found = _loaded.get(key)
             if found is None:
-                found = _from_artefacts(*key) or _compiled(*key)
+                found = _from_artefacts(kind, bucket) or _compiled(kind, bucket)
                 _loaded[key] = found
     return found
 
@@ -113,19 +175,15 @@ def describe(n: int, num_features: int, head_dim: int) -> str:
     return get_operator(n, num_features, head_dim).config.description
 
 
-def _from_artefacts(bucket: int, num_features: int, head_dim: int) -> Instance | None:
+def _from_artefacts(kind: _Kind[T], bucket: int) -> T | None:
     directory = _artefact_directory()
     if directory is None:
         return None
-    fitting = [
-        (length, name)
-        for (m, d, length), name in _artefact_names(directory).items()
-        if (m, d) == (num_features, head_dim) and length >= bucket
-    ]
-    if not fitting:
+    lengths = [length for name, length in _artefact_names(directory) if name == kind.name and length >= bucket]
+    if not lengths:
         return None
-    length, name = min(fitting)
-    return load(directory / name).instance(length)
+    length = min(lengths)
+    return kind.load(directory / f"{kind.name}-n{length}", length)
 
 
 def _artefact_directory() -> Path | None:
@@ -133,8 +191,8 @@ def _artefact_directory() -> Path | None:
     return _artefacts or (Path(named) if named else None)
 
 
-def _artefact_names(directory: Path) -> dict[tuple[int, int, int], str]:
-    """The artefacts in `directory`, (m, d, length) -> name of the subdirectory."""
+def _artefact_names(directory: Path) -> list[tuple[str, int]]:
+    """The artefacts in `directory` as (kind, length); their subdirectories are named ``<kind>-n<length>``."""
     try:
         names = [each.name for each in directory.iterdir() if each.is_dir()]
     except OSError as error:
@@ -142,8 +200,7 @@ def _artefact_names(directory: Path) -> dict[tuple[int, int, int], str]:
             f"Cannot read the directory of compiled operators {directory} (from use_artefacts or "
             f"{ARTEFACTS_VARIABLE}): {error.strerror}."
         ) from error
-    matches = {name: _NAME.fullmatch(name) for name in names}
-    found = {(int(m[1]), int(m[2]), int(m[3])): name for name, m in matches.items() if m is not None}
+    found = [(match[1], int(match[2])) for match in map(_NAME.fullmatch, names) if match is not None]
     if not found:
         raise ArtefactError(
             f"No compiled operator in {directory} (from use_artefacts or {ARTEFACTS_VARIABLE}): expected "
@@ -153,7 +210,7 @@ def _artefact_names(directory: Path) -> dict[tuple[int, int, int], str]:
     return found
 
 
-def _compiled(bucket: int, num_features: int, head_dim: int) -> Instance:
+def _compiled(kind: _Kind[T], bucket: int) -> T:
     # Here and not at the top: compiling needs TVM, which takes seconds to import and need not be installed.
     try:
         from rpe_tvm import build, targets
@@ -161,44 +218,43 @@ def _compiled(bucket: int, num_features: int, head_dim: int) -> Instance:
         directory = _artefact_directory()
         where = f"in {directory}" if directory else f"(no {ARTEFACTS_VARIABLE} is set)"
         raise ArtefactError(
-            f"No compiled operator for {bucket} positions, num_features={num_features}, head_dim={head_dim} "
-            f"{where}, and none can be compiled here: {error}\nOr compile it elsewhere: "
-            f"python -m rpe_tvm compile --op attention --features {num_features} --head-dim {head_dim} "
-            f"--lengths {bucket} --out DIR"
+            f"No compiled operator {kind.name} for {bucket} positions {where}, and none can be compiled here: "
+            f"{error}\nOr compile it elsewhere: python -m rpe_tvm compile {kind.options} --lengths {bucket} --out DIR"
         ) from error
     from rpe_tvm.build import shortcut
-    from rpe_tvm.plan import wisdom
 
-    key = shortcut.key_of_call(bucket, num_features, head_dim)
+    key = shortcut.key_of_call(kind.name, bucket)
     known = shortcut.look_up(key)
     if known is not None:
         with contextlib.suppress(ArtefactError):  # damaged: the cache builds it again
-            return _from_cache(known, bucket, num_features, head_dim)
+            return _from_cache(kind, known, bucket)
     target = targets.detect()
-    config = wisdom.choose(target.id, bucket, num_features, head_dim, target.lanes)
+    config = kind.choose(target, bucket)
     try:
-        path = build.compile_attention(config, target)
+        if isinstance(config, ToeplitzConfig):
+            path = build.compile_toeplitz(config, target)
+        else:
+            path = build.compile_attention(config, target)
     except CompilerNotFoundError as error:
         _warn_once(
             "no compiler",
             f"{error} Until then, kernels are compiled in memory, again in every process.",
         )
-        return Instance.of(config, build.in_memory(config, target))
+        return kind.wrap(config, build.in_memory(config, target))
     shortcut.remember(key, path)
-    return _from_cache(path, bucket, num_features, head_dim)
+    return _from_cache(kind, path, bucket)
 
 
-def _from_cache(path: Path, bucket: int, num_features: int, head_dim: int) -> Instance:
-    instance = load(path).instance(bucket)
+def _from_cache(kind: _Kind[T], path: Path, bucket: int) -> T:
+    operator = kind.load(path, bucket)
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     if manifest["schedule"]["source"] == "default":
         _warn_once(
             "not tuned",
-            f"No tuned record for {manifest['target']['id']} with num_features={num_features} and "
-            f"head_dim={head_dim}: running on the default schedule, which is right and may be slower. To tune for "
-            "this CPU: python scripts/tune_x86.py",
+            f"No tuned record for {manifest['target']['id']} and {kind.name}: running on the default schedule, which "
+            "is right and may be slower. To tune for this CPU: python scripts/tune_x86.py",
         )
-    return instance
+    return operator
 
 
 def _warn_once(key: str, message: str) -> None:

@@ -1,13 +1,33 @@
-"""Products with Toeplitz matrices, the operator of FastRPB."""
+"""Products with Toeplitz matrices, the operator of FastRPB: ``torch.ops.rpe_tvm.toeplitz_matmul`` and its gradients."""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from rpe_tvm.errors import ShapeError
+from rpe_tvm.plan import twiddles
+from rpe_tvm.torch.dispatch import get_toeplitz
+from rpe_tvm.torch.operators import _check_tensor, _empty_output, _last_axis_contiguous
+
+_HALF = (torch.bfloat16, torch.float16)
+
+torch.library.define(
+    "rpe_tvm::toeplitz_matmul",
+    "(Tensor weights, Tensor x, SymInt n_out) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+torch.library.define(
+    "rpe_tvm::toeplitz_weight_grad",
+    "(Tensor grad, Tensor x) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
 
 def toeplitz_matmul(weights: Tensor, x: Tensor, n_out: int | None = None) -> Tensor:
-    """Multiply by a Toeplitz matrix: ``y_i = sum_j w[j-i] x_j``, with gradients for both tensors.
+    """Multiply by a Toeplitz matrix: ``y_i = sum_j w[j-i] x_j``, in O(n log n), with gradients for both tensors.
 
     Parameters
     ----------
@@ -21,13 +41,124 @@ def toeplitz_matmul(weights: Tensor, x: Tensor, n_out: int | None = None) -> Ten
     Returns
     -------
     Tensor
-        ``[B, H, n_out, d]``.
+        ``[B, H, n_out, d]``, zeros where n = 0.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ValueError
+        If the arguments do not fit, or do not lie on the CPU.
+
+    Notes
+    -----
+    FastRPB's product W V (Zubkov and Gavrilov 2022). bfloat16 and float16 are computed in float32, and the result has
+    the dtype of `x`; float64 is refused. Errors are relative to the largest rows, as of every product by FFT.
     """
-    # Placeholder in plain torch until the compiled operator is in.
-    n = x.shape[2]
-    n_out = n if n_out is None else n_out
-    size = n_out + n
-    w = weights
-    column = torch.cat([w[:, :n_out].flip(-1), w.new_zeros(w.shape[0], 1), w[:, n_out:].flip(-1)], -1)
-    spectrum = torch.fft.rfft(column, size)[:, :, None]
-    return torch.fft.irfft(torch.fft.rfft(x, size, dim=2) * spectrum, size, dim=2)[:, :, :n_out]
+    if x.dtype in _HALF:
+        return toeplitz_matmul(weights, x.float(), n_out).to(x.dtype)
+    if weights.dtype in _HALF:
+        weights = weights.float()
+    if n_out is None:
+        n_out = x.shape[2] if x.dim() == 4 else 0
+    return cast(Tensor, torch.ops.rpe_tvm.toeplitz_matmul(weights, x, n_out))
+
+
+def _check(weights: Tensor, x: Tensor, n_out: int) -> None:
+    _check_tensor("weights", weights, "[H, n_out + n - 1]")
+    _check_tensor("x", x, "[B, H, n, d]")
+    if n_out < 0:
+        raise ShapeError(f"Invalid n_out: expected a length of at least 0, got {n_out}.")
+    heads, n = x.shape[1], x.shape[2]
+    count = max(n_out + n - 1, 0)
+    if weights.shape[0] != heads or weights.shape[1] != count:
+        raise ShapeError(
+            f"Invalid shape of weights: expected [H, n_out + n - 1] = [{heads}, {count}], got "
+            f"{list(weights.shape)}. Entry (j - i) + n_out - 1 of a row belongs to output i and input j."
+        )
+
+
+def _empty(x: Tensor, n_out: int) -> Tensor:
+    """An uninitialised output, its axes in memory as those of x where it has as many positions."""
+    return _empty_output(x) if n_out == x.shape[2] else x.new_empty((*x.shape[:2], n_out, x.shape[3]))
+
+
+def _matmul(weights: Tensor, x: Tensor, n_out: int) -> Tensor:
+    _check(weights, x, n_out)
+    out = _empty(x, n_out)
+    if x.numel() == 0 or n_out == 0:
+        return out.zero_()
+    get_toeplitz(max(n_out, x.shape[2]), x.shape[3]).matmul(weights.contiguous(), _last_axis_contiguous(x), out)
+    return out
+
+
+def _matmul_fake(weights: Tensor, x: Tensor, n_out: int) -> Tensor:
+    _check(weights, x, n_out)
+    return _empty(x, n_out)
+
+
+def _check_grad(grad: Tensor, x: Tensor) -> tuple[int, int, int]:
+    _check_tensor("grad", grad, "[B, H, n_out, d]")
+    _check_tensor("x", x, "[B, H, n, d]")
+    batch, heads, n, channels = x.shape
+    n_out = grad.shape[2]
+    if grad.shape[0] != batch or grad.shape[1] != heads or grad.shape[3] != channels:
+        raise ShapeError(
+            f"Invalid shape of grad: expected [{batch}, {heads}, n_out, {channels}] as x has, got {list(grad.shape)}."
+        )
+    return heads, n_out, n
+
+
+def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """dw[t] = sum of grad_i x_{i+t} over batch, channels and i: `te.toeplitz_matmul.toeplitz_correlation`, and back."""
+    heads, n_out, n = _check_grad(grad, x)
+    if x.numel() == 0 or n_out == 0:
+        return x.new_zeros(heads, max(n_out + n - 1, 0))
+    instance = get_toeplitz(max(n_out, n), x.shape[3])
+    length = instance.config.length
+    sums = x.new_empty(x.shape[0], heads, 2, length, 2)
+    instance.correlation(_last_axis_contiguous(grad), _last_axis_contiguous(x), sums)
+    # one transform for each head and parity: small beside those of all channels, so torch makes it
+    spectrum = torch.view_as_complex(sums.sum(0))
+    natural = torch.empty_like(spectrum)
+    natural[..., torch.from_numpy(twiddles.frequencies(instance.config))] = spectrum
+    even, odd = torch.fft.ifft(natural).unbind(1)
+    odd = odd * torch.exp(1j * torch.pi / length * torch.arange(length, dtype=torch.float64)).to(torch.complex64)
+    # even and odd hold r[s] + r[s - P] and r[s] - r[s - P]
+    ahead, behind = (even.real + odd.real) / 2, (even.real - odd.real) / 2
+    return torch.cat([behind[:, length - (n_out - 1) :], ahead[:, :n]], -1)
+
+
+def _weight_grad_fake(grad: Tensor, x: Tensor) -> Tensor:
+    heads, n_out, n = _check_grad(grad, x)
+    return x.new_empty(heads, max(n_out + n - 1, 0))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, x = ctx.saved_tensors
+    ops = torch.ops.rpe_tvm
+    return (
+        ops.toeplitz_weight_grad(grad, x) if ctx.needs_input_grad[0] else None,
+        ops.toeplitz_matmul(weights.flip(-1), grad, x.shape[2]) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+def _weight_grad_backward(ctx: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x = ctx.saved_tensors
+    ops = torch.ops.rpe_tvm
+    return (
+        ops.toeplitz_matmul(grad_weights, x, grad.shape[2]) if ctx.needs_input_grad[0] else None,
+        ops.toeplitz_matmul(grad_weights.flip(-1), grad, x.shape[2]) if ctx.needs_input_grad[1] else None,
+    )
+
+
+# CompositeExplicitAutograd, as for attention: a tensor on another device gets our message.
+torch.library.impl("rpe_tvm::toeplitz_matmul", "CompositeExplicitAutograd", _matmul)
+torch.library.impl("rpe_tvm::toeplitz_weight_grad", "CompositeExplicitAutograd", _weight_grad)
+torch.library.register_fake("rpe_tvm::toeplitz_matmul", _matmul_fake)
+torch.library.register_fake("rpe_tvm::toeplitz_weight_grad", _weight_grad_fake)
+torch.library.register_autograd("rpe_tvm::toeplitz_matmul", _matmul_backward, setup_context=_setup_context)
+torch.library.register_autograd("rpe_tvm::toeplitz_weight_grad", _weight_grad_backward, setup_context=_setup_context)

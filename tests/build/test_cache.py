@@ -87,8 +87,8 @@ def test_a_lock_that_stays_held(cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_shortcuts_lead_to_an_artefact_that_stands(cache_dir: Path) -> None:
-    key = shortcut.key_of_call(1024, 32, 64)
-    assert key == shortcut.key_of_call(1024, 32, 64) != shortcut.key_of_call(1024, 16, 64)
+    key = shortcut.key_of_call("attention-m32-d64", 1024)
+    assert key == shortcut.key_of_call("attention-m32-d64", 1024) != shortcut.key_of_call("attention-m16-d64", 1024)
     assert shortcut.look_up(key) is None
     artefact = cache_dir / "artefacts" / "name" / "target" / ("0" * 40)
     shortcut.remember(key, artefact)
@@ -107,11 +107,11 @@ def test_a_shortcut_is_of_these_sources_and_logs(
     cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wisdom, "LOGS", tmp_path)
-    before = shortcut.key_of_call(64, 8, 8)
+    before = shortcut.key_of_call("attention-m8-d8", 64)
     (tmp_path / "wisdom.json").write_text("{}")
-    assert shortcut.key_of_call(64, 8, 8) != before
+    assert shortcut.key_of_call("attention-m8-d8", 64) != before
     monkeypatch.setattr(shortcut, "_PACKAGE", tmp_path)
-    assert shortcut.key_of_call(64, 8, 8) != before
+    assert shortcut.key_of_call("attention-m8-d8", 64) != before
 
 
 def test_a_cache_that_cannot_be_written_to_remembers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,63 @@
+"""The schedule of Toeplitz products for AVX2, for this CPU, and with all threads on one product."""
+
+import numpy as np
+import pytest
+
+from rpe_tvm import build, reference, runtime, targets
+from rpe_tvm.errors import ArtefactError
+from rpe_tvm.plan.toeplitz import ToeplitzConfig
+from rpe_tvm.schedules import cpu_toeplitz, x86
+
+pytestmark = pytest.mark.compile
+
+AVX2 = targets.preset("haswell")
+
+
+def check(operator):
+    random = np.random.default_rng(0)
+    d = operator.config.head_dim
+    weights = random.standard_normal((3, 59 + 64 - 1)).astype("f4")
+    x, grad = (random.standard_normal((2, 3, n, d)).astype("f4") for n in (64, 59))
+    out, sums = np.full((2, 3, 59, d), np.nan, "f4"), np.full((2, 3, 2, 64, 2), np.nan, "f4")
+    operator.matmul(weights, x, out)
+    expected = reference.toeplitz_dense(weights, x, 59)
+    assert np.linalg.norm(out - expected) < 1e-6 * np.linalg.norm(expected)
+    operator.correlation(grad, x, sums)
+    assert np.isfinite(sums).all()
+    # by Parseval, sum of g_i^2 over i is the correlation's offset 0; so is the mean of both parities' spectra
+    operator.correlation(x, x, sums)
+    spectrum = sums[..., 0].astype("f8").sum((2, 3)) / (2 * 64)
+    np.testing.assert_allclose(spectrum, (x.astype("f8") ** 2).sum((2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("d", "lanes"), [(32, 8), (5, 4)])
+def test_values(d, lanes):
+    config = ToeplitzConfig(d, 64, (4, 2), (8,), lanes)
+    check(runtime.load_toeplitz(build.compile_toeplitz(config, AVX2)))
+
+
+def test_all_threads_work_on_one_product(monkeypatch):
+    monkeypatch.setattr(x86, "toeplitz_matmul", lambda sch, config: cpu_toeplitz.toeplitz_matmul(sch, config, True))
+    check(runtime.load_toeplitz(build.compile_toeplitz(ToeplitzConfig(32, 64, (8,), (8,), 8), AVX2)))
+
+
+def test_both_operators_in_one_directory(artefacts, tmp_path, monkeypatch):
+    from rpe_tvm.torch import dispatch, use_artefacts
+
+    top = tmp_path / "both"
+    config = ToeplitzConfig(5, 64, (4, 2), (8,), 4)
+    build.export(config, AVX2, top)
+    with pytest.raises(ArtefactError, match="No compiled operator 'attention'"):
+        runtime.load(top)
+    for name in ("attention-m3-d8-n64", "attention-m3-d8-n96"):
+        (top / name).symlink_to(artefacts / name)
+    assert runtime.load(top).lengths == (64, 96)
+    assert runtime.load_toeplitz(top).config == config
+
+    monkeypatch.setattr(dispatch, "_compiled", lambda kind, bucket: pytest.fail("compiled"))
+    use_artefacts(top)
+    try:
+        assert dispatch.get_toeplitz(60, 5).config == config
+        assert dispatch.get_operator(60, 3, 8).config.length == 64
+    finally:
+        use_artefacts(None)

@@ -1,6 +1,6 @@
 """FastRPB: a learned Toeplitz matrix times the values, added to the output of any attention.
 
-Source: Zubkov and Gavrilov 2022, "FastRPB: a scalable relative positional bias", and its authors' code.
+Source: FastRPB, Zubkov and Gavrilov 2022, and the first author's code.
 """
 
 from __future__ import annotations

@@ -165,9 +165,8 @@ def _circulant_product(
         pad_rows(sch, config, last_row, split.n2)
 
 
-def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
-    """Schedule `te.fft_attention`: parallel over (batch, head, channel group), a feature block after the other."""
-    # denominators
+def fft_denominator(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
+    """Schedule `te.denominator`: parallel over (batch, head, feature group)."""
     denominator = sch.get_sblock("denominator")
     b, h, g, *_ = sch.get_loops(denominator)
     head = sch.fuse(b, h, g)
@@ -179,7 +178,10 @@ def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> N
     at_consumer(sch, sch.get_sblock("packed_key"), parity)
     sch.decompose_reduction(denominator, sch.get_loops(denominator)[-2])
 
-    # numerators and output
+
+def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
+    """Schedule `te.fft_attention`: parallel over (batch, head, channel group), a feature block after the other."""
+    fft_denominator(sch, config, choices)
     out = sch.get_sblock("out")
     b, h, i, channel = sch.get_loops(out)
     # an outer loop of one iteration, so that the inner one has a constant extent where n_q is symbolic

@@ -1,16 +1,17 @@
 """Schedules of the gradients by FFT, shared by CPUs.
 
-Both transforms of a feature are needed by several results. Their loop nests are merged, and everything that they need is
-computed inside, so that each transform is computed once.
+Both transforms of a feature are needed by several results. Their loop nests are merged, and everything that they need
+is computed inside, so that each transform is computed once.
 """
 
 from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.schedules.cpu import Block, Loop, Stage, at_consumer, pad_rows, place, transform, vectorize
+from rpe_tvm.schedules import cpu
+from rpe_tvm.schedules.cpu import Block, Choices, Loop, Stage, at_consumer, pad_rows, place, transform, vectorize
 from rpe_tvm.te.dft import COMPOSITE
 
 
@@ -23,7 +24,7 @@ def _folds(sch: Schedule, lanes: int) -> list[Block]:
     return [sch.get_sblock(name) for name in reversed(names)]
 
 
-def fft_backward(sch: Schedule, config: AttentionConfig) -> None:
+def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
     """Schedule `te.fft_backward`: parallel over (batch, head, part), one feature after the other."""
     split = split_of(config)
     columns, rows = transform("pair_columns", config.outer), transform("pair_rows", config.inner)
@@ -87,7 +88,7 @@ def fft_backward(sch: Schedule, config: AttentionConfig) -> None:
     sch.vectorize(sch.split(channel, [None, config.lanes])[1])
 
 
-def fft_denominator_backward(sch: Schedule, config: AttentionConfig) -> None:
+def fft_denominator_backward(sch: Schedule, config: BackwardConfig) -> None:
     """Schedule `te.fft_denominator_backward`: parallel over (batch, head, feature group)."""
     split = split_of(config)
     columns, rows = transform("pair_columns", config.outer), transform("pair_rows", config.inner)
@@ -116,6 +117,11 @@ def fft_denominator_backward(sch: Schedule, config: AttentionConfig) -> None:
 
     side, b, h, feature, *_ = sch.get_loops(sch.get_sblock("products"))
     sch.parallel(sch.fuse(side, b, h, feature))
+
+
+def fft_denominator(sch: Schedule, config: BackwardConfig) -> None:
+    """Schedule `te.denominator.fft_denominator`."""
+    cpu.fft_denominator(sch, config, Choices())
 
 
 def _half(sch: Schedule, stages: list[Stage], loop: Loop) -> Block:

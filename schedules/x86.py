@@ -14,6 +14,7 @@ from rpe_tvm.schedules.cpu import Choices
 features = cpu.features
 direct_weights = cpu.direct_weights
 fft_weights = cpu.fft_weights
+fft_denominator = cpu_backward.fft_denominator
 fft_backward = cpu_backward.fft_backward
 fft_denominator_backward = cpu_backward.fft_denominator_backward
 plain_weights = cpu.spectrum

@@ -8,6 +8,6 @@ from rpe_tvm.build.manifest import check_versions
 
 check_versions()
 
-from rpe_tvm.build.compile import compile_attention, compile_toeplitz, export, in_memory  # noqa: E402
+from rpe_tvm.build.compile import compile_operator, export, in_memory  # noqa: E402
 
-__all__ = ["compile_attention", "compile_toeplitz", "export", "in_memory"]
+__all__ = ["compile_operator", "export", "in_memory"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpe_tvm.build import cache, link, manifest
 from rpe_tvm.errors import BuildError
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.targets import TargetSpec, to_tvm
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
     from rpe_tvm.build.lower import Lowered
 
-Config = AttentionConfig | ToeplitzConfig
+Config = AttentionConfig | BackwardConfig | ToeplitzConfig
 
 _DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
 
 
-def compile_attention(config: AttentionConfig, target: TargetSpec) -> Path:
-    """Compile the attention operator, or take it from the cache.
+def compile_operator(config: Config, target: TargetSpec) -> Path:
+    """Compile an operator, or take it from the cache.
 
     Parameters
     ----------
@@ -47,17 +48,13 @@ def compile_attention(config: AttentionConfig, target: TargetSpec) -> Path:
     BuildError
         If it does not compile, or the cache cannot be used.
     """
-    return _compile_operator(config, target)
-
-
-def compile_toeplitz(config: ToeplitzConfig, target: TargetSpec) -> Path:
-    """Compile the Toeplitz product, or take it from the cache; as `compile_attention`."""
-    return _compile_operator(config, target)
+    lowered = _lower(config, target)
+    return compile_module(lowered.mod, config.name, config.to_json(), target, op=config.op, schedule=lowered.schedule)
 
 
 def export(config: Config, target: TargetSpec, out_dir: str | os.PathLike[str]) -> Path:
     """Compile an operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that."""
-    return copy_artefact(_compile_operator(config, target), Path(out_dir) / config.name / target.id)
+    return copy_artefact(compile_operator(config, target), Path(out_dir) / config.name / target.id)
 
 
 def in_memory(config: Config, target: TargetSpec) -> dict[str, Callable[..., Any]]:
@@ -161,18 +158,14 @@ def copy_artefact(artefact: Path, destination: Path) -> Path:
     return destination
 
 
-def _compile_operator(config: Config, target: TargetSpec) -> Path:
-    lowered = _lower(config, target)
-    op = "toeplitz" if isinstance(config, ToeplitzConfig) else "attention"
-    return compile_module(lowered.mod, config.name, config.to_json(), target, op=op, schedule=lowered.schedule)
-
-
 def _lower(config: Config, target: TargetSpec) -> Lowered:
     # Not at the top: they import tvm, and the cache and the linker need none.
-    from rpe_tvm.build import lower, lower_toeplitz
+    from rpe_tvm.build import lower, lower_backward, lower_toeplitz
 
     if isinstance(config, ToeplitzConfig):
         return lower_toeplitz.lower(config)
+    if isinstance(config, BackwardConfig):
+        return lower_backward.lower(config)
     return lower.lower(config, target)
 
 

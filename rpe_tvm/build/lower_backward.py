@@ -8,21 +8,23 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.build.lower import Lowered, named, preparing_functions
 from rpe_tvm.build.parameters import relax_parameters
-from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.schedules import x86
 from rpe_tvm.te import shapes
+from rpe_tvm.te.denominator import fft_denominator
 from rpe_tvm.te.fft_backward import fft_backward, fft_denominator_backward
 
 STRIDED = frozenset(("value", "grad", "grad_value"))
 
 
-def lower(config: AttentionConfig) -> Lowered:
-    """Return the functions `features_prf`, `features_nprf`, `weights`, `backward` and `denominator_backward`, scheduled.
+def lower(config: BackwardConfig) -> Lowered:
+    """Return the functions of `preparing_functions`, `denominator`, `denominator_backward` and `backward`, scheduled.
 
-    Features and weights are computed again, in the layout of this config: it may differ from that of the forward pass.
+    Features and weights are computed again, in the layout of this config: that of the forward pass may be another.
     """
     functions = preparing_functions(config)
     for name, expressions, schedule in (
+        ("denominator", fft_denominator, x86.fft_denominator),
         ("backward", fft_backward, x86.fft_backward),
         ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
     ):

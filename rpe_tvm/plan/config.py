@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 RADICES = (2, 3, 4, 5, 8)
 
@@ -61,6 +61,8 @@ class AttentionConfig:
     inner: tuple[int, ...] = ()
     tile: tuple[int, int] = (0, 0)
     lanes: int = 16
+
+    op: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
         for field in ("num_features", "head_dim", "length", "lanes"):

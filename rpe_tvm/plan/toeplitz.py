@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.buckets import bucket_length
@@ -31,6 +31,8 @@ class ToeplitzConfig:
     outer: tuple[int, ...]
     inner: tuple[int, ...]
     lanes: int
+
+    op: ClassVar[str] = "toeplitz"
 
     def __post_init__(self) -> None:
         for field in ("head_dim", "length", "lanes"):

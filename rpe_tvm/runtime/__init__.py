@@ -1,7 +1,7 @@
 """Runs compiled operators: needs NumPy and apache-tvm-ffi, neither TVM nor PyTorch."""
 
-from rpe_tvm.runtime.load import load, load_toeplitz
+from rpe_tvm.runtime.load import load, load_backward, load_toeplitz
 from rpe_tvm.runtime.operator import Attention, Instance, run
 from rpe_tvm.runtime.toeplitz import ToeplitzInstance
 
-__all__ = ["Attention", "Instance", "ToeplitzInstance", "load", "load_toeplitz", "run"]
+__all__ = ["Attention", "Instance", "ToeplitzInstance", "load", "load_backward", "load_toeplitz", "run"]

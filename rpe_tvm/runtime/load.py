@@ -13,11 +13,12 @@ import tvm_ffi
 
 from rpe_tvm import __version__
 from rpe_tvm.errors import ArtefactError
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.runtime import toeplitz
 from rpe_tvm.runtime.cpu import cpu_flags
-from rpe_tvm.runtime.operator import FUNCTIONS, Attention, Functions, Instance
+from rpe_tvm.runtime.operator import BACKWARD_FUNCTIONS, FUNCTIONS, Attention, Functions, Instance
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -25,6 +26,7 @@ MANIFEST = "manifest.json"
 # Operator -> its config and its functions.
 _OPERATORS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "attention": (AttentionConfig, FUNCTIONS),
+    "backward": (BackwardConfig, BACKWARD_FUNCTIONS),
     "toeplitz": (ToeplitzConfig, toeplitz.FUNCTIONS),
 }
 
@@ -78,13 +80,24 @@ def load(path: str | os.PathLike[str]) -> Attention:
     return Attention([Instance.of(candidate.config, _open(candidate)) for candidate in chosen])
 
 
+def load_backward(path: str | os.PathLike[str]) -> Instance:
+    """Load the compiled gradients of attention of one length under `path`; as `load`."""
+    chosen = _only(path, "backward")
+    return Instance.of(chosen.config, _open(chosen))
+
+
 def load_toeplitz(path: str | os.PathLike[str]) -> toeplitz.ToeplitzInstance:
     """Load the compiled Toeplitz product of one length under `path`; as `load`."""
-    chosen = _candidates(Path(path), "toeplitz")
+    chosen = _only(path, "toeplitz")
+    return toeplitz.ToeplitzInstance.of(chosen.config, _open(chosen))
+
+
+def _only(path: str | os.PathLike[str], op: str) -> _Candidate:
+    chosen = _candidates(Path(path), op)
     if len(chosen) > 1:
         names = ", ".join(candidate.config.name for candidate in chosen)
-        raise ArtefactError(f"Several Toeplitz products under {path}: expected the directory of one, got {names}.")
-    return toeplitz.ToeplitzInstance.of(chosen[0].config, _open(chosen[0]))
+        raise ArtefactError(f"Several operators under {path}: expected the directory of one, got {names}.")
+    return chosen[0]
 
 
 def _candidates(top: Path, op: str) -> list[_Candidate]:
@@ -191,7 +204,7 @@ def _minor(version: str) -> str:
 
 def _open(candidate: _Candidate) -> Functions:
     library = candidate.library.resolve()
-    names = FUNCTIONS if isinstance(candidate.config, AttentionConfig) else toeplitz.FUNCTIONS
+    _, names = _OPERATORS[candidate.config.op]
     try:
         module = tvm_ffi.load_module(str(library))
         return {name: module[name] for name in names}

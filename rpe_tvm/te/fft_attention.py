@@ -16,6 +16,7 @@ from rpe_tvm.plan.split import split_of
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Complex, Expr
+from rpe_tvm.te.denominator import partial_denominators
 from rpe_tvm.te.lanes import channel, existing, lane_groups, place, twist, untwisted_sum
 from rpe_tvm.te.shapes import Sizes, feature_buffer
 from rpe_tvm.te.toeplitz import circulant_product
@@ -53,52 +54,25 @@ def fft_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     def load_spectrum(h: Expr, p: Expr, k1: Expr, k2: Expr) -> Complex:
         return cx.load(spectrum, h, p, k1 * split.n2 + k2)
 
-    def packed(source: te.Tensor, name: str, groups: int, channels: int, feature_major: bool) -> te.Tensor:
-        def pack(b: Expr, h: Expr, g: Expr, p: Expr, n2: Expr, q: Expr, s: Expr, c: Expr, lane: Expr) -> Expr:
-            position = split.position(n2, q, s)
-
-            def element(part: int) -> Expr:
-                ch = channel(g, part, lane, lanes)
-                if feature_major:
-                    return existing(ch, channels, lanes, feature_at(source, b, h, ch, n2, q, s))
-                # past the end the last position again, whose features are zero: a bound instead of a branch
-                return existing(ch, channels, lanes, source[b, h, tirx.min(position, sizes.n_key - 1), ch])
-
-            return cx.part(c, twist(tables, p, position, (element(0), element(1))))
-
-        return cx.compute((sizes.batch, sizes.heads, groups, 2, split.n2, split.q, split.s, 2, lanes), pack, name)
-
-    # Denominator: the same product with the features of k as lanes, 1/d of the work.
+    denominator = partial_denominators(config, sizes, phi_q, phi_k, spectrum, tables)
     feature_groups = lane_groups(m, lanes)
-    packed_key = packed(phi_k, "packed_key", feature_groups, m, feature_major=True)
-    weighted_key = circulant_product(
-        "key",
-        config,
-        (sizes.batch, sizes.heads, feature_groups, 2),
-        tables,
-        lambda at, n2, q, s, lane: tuple(packed_key[(*at, n2, q, s, p, lane)] for p in (0, 1)),
-        lambda at, k1, k2: load_spectrum(at[1], at[3], k1, k2),
-    )
-    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
-    part_axis = te.reduce_axis((cx.int64(0), cx.int64(2)), "part")
-
-    def partial_denominator(b: Expr, h: Expr, g: Expr, n2: Expr, q: Expr, s: Expr) -> Expr:
-        position = split.position(n2, q, s)
-        both = [[weighted_key[b, h, g, p, n2, 0, q, s, k, lane_axis] for k in (0, 1)] for p in (0, 1)]
-        weighted = cx.part(part_axis, untwisted_sum(tables, position, [(x[0], x[1]) for x in both]))
-        ch = channel(g, part_axis, lane_axis, lanes)
-        phi = existing(ch, m, lanes, feature_at(phi_q, b, h, ch, n2, q, s))
-        return te.sum(phi * weighted, axis=[part_axis, lane_axis])
-
-    denominator = cx.compute(
-        (sizes.batch, sizes.heads, feature_groups, split.n2, split.q, split.s),
-        partial_denominator,
-        "denominator",
-    )
 
     # Numerator: one product for each feature, summed over features where the output lies.
     groups = lane_groups(d, lanes)
-    packed_value = packed(value, "packed_value", groups, d, feature_major=False)
+
+    def pack(b: Expr, h: Expr, g: Expr, p: Expr, n2: Expr, q: Expr, s: Expr, c: Expr, lane: Expr) -> Expr:
+        position = split.position(n2, q, s)
+
+        def element(part: int) -> Expr:
+            ch = channel(g, part, lane, lanes)
+            # past the end the last position again, whose features are zero: a bound instead of a branch
+            return existing(ch, d, lanes, value[b, h, tirx.min(position, sizes.n_key - 1), ch])
+
+        return cx.part(c, twist(tables, p, position, (element(0), element(1))))
+
+    packed_value = cx.compute(
+        (sizes.batch, sizes.heads, groups, 2, split.n2, split.q, split.s, 2, lanes), pack, "packed_value"
+    )
 
     def load_value(at: tuple[Expr, ...], n2: Expr, q: Expr, s: int, lane: Expr) -> Complex:
         b, h, g, p, feature = at

@@ -2,12 +2,15 @@
 
 With g_i = grad_out_i / den_i and, for each feature f, y_f = C (phi_k[f] * value) and z_f = C^T (phi_q[f] * g):
 
-    grad phi_q[f]_i = sum_e g_ie y_f,ie      grad phi_k[f]_j = sum_e value_je z_f,je      grad value = sum_f phi_k[f] z_f
+    grad phi_q[f]_i = sum_e g_ie y_f,ie
+    grad phi_k[f]_j = sum_e value_je z_f,je
+    grad value = sum_f phi_k[f] z_f
 
 and the gradient of c is the correlation of phi_q[f] * g with phi_k[f] * value, summed over features and channels: the
-product of their spectra, one conjugated, of which only the inverse transform's real part counts because two channels ride
-in one complex lane. "Side" 0 is y, with the spectrum of C, side 1 is z, with its conjugate. The same for the denominators,
-whose single channel is 1 on one side and -sum_e g_ie out_ie on the other, is a function of its own with features as lanes.
+product of their spectra, one conjugated. Only the real part of its inverse transform counts, because two channels ride
+in one complex lane. "Side" 0 is y, with the spectrum of C, side 1 is z, with its conjugate. The same for the
+denominators, whose single channel is 1 on one side and -sum_e g_ie out_ie on the other, is a function of its own with
+features as lanes.
 Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`).
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 from tvm import te, tirx
 
 from rpe_tvm.plan import twiddles
-from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
@@ -26,25 +29,20 @@ from rpe_tvm.te.shapes import Sizes, feature_rows
 from rpe_tvm.te.toeplitz import at_frequency, transform, transform_back
 
 
-def parts_of(config: AttentionConfig) -> int:
-    """Return into how many parts the channel groups of a head are divided, each with its own sums over channels."""
-    return 2 if lane_groups(config.head_dim, config.lanes) % 2 == 0 else 1
-
-
-def _feature_pair(config: AttentionConfig, sizes: Sizes, name: str) -> te.Tensor:
+def _feature_pair(config: BackwardConfig, sizes: Sizes, name: str) -> te.Tensor:
     rows, columns = feature_rows(config, sizes)
     shape = (cx.int64(2), sizes.batch, sizes.heads, cx.int64(config.num_features), rows, columns)
     return te.placeholder(shape, cx.FLOAT, name)
 
 
-def _constants(config: AttentionConfig, sizes: Sizes) -> tuple[te.Tensor, dft.Tables]:
+def _constants(config: BackwardConfig, sizes: Sizes) -> tuple[te.Tensor, dft.Tables]:
     where = twiddles.layout(config)
     spectrum = te.placeholder((sizes.heads, *map(cx.int64, (2, config.length, 2))), cx.FLOAT, "spectrum")
     return spectrum, dft.Tables(te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables"), where)
 
 
 def _products(
-    config: AttentionConfig, rows: te.Tensor, spectrum: te.Tensor, tables: dft.Tables, head: int, parity: int
+    config: BackwardConfig, rows: te.Tensor, spectrum: te.Tensor, tables: dft.Tables, head: int, parity: int
 ) -> te.Tensor:
     """Return the inverse transforms of both sides, the last leading index; `head` and `parity` are leading ones."""
     rank = len(rows.shape) - 6
@@ -58,12 +56,12 @@ def _products(
     return transform_back("pair", config, tuple(rows.shape[:rank]), tables, weighted)
 
 
-def fft_backward(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
+def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     """Return the arguments of the gradients of the numerators, the outputs last.
 
     Parameters
     ----------
-    config : AttentionConfig
+    config : BackwardConfig
         An `fft` config.
     sizes : Sizes
         Batch, heads and lengths, symbolic or constant.
@@ -71,8 +69,8 @@ def fft_backward(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        phi `[2, B, H, m, N2, N1]` of queries and keys (zero past the length), value `[B, H, n_k, d]`, grad `[B, H, n_q, d]`
-        (grad_out / den), spectrum `[H, 2, P, 2]`, tables (flat);
+        phi `[2, B, H, m, N2, N1]` of queries and keys (zero past the length), value `[B, H, n_k, d]`,
+        grad `[B, H, n_q, d]` (grad_out / den), spectrum `[H, 2, P, 2]`, tables (flat);
         grad_phi `[B, H, parts, 2, m, N2, Q, S]` and correlation `[B, H, parts, 2, N1, N2 / R, R, 2]`, to be summed over
         parts, and grad_value `[B, H, n_k, d]`.
     """
@@ -83,7 +81,7 @@ def fft_backward(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     value = te.placeholder((batch, heads, sizes.n_key, cx.int64(d)), cx.FLOAT, "value")
     grad = te.placeholder((batch, heads, sizes.n_query, cx.int64(d)), cx.FLOAT, "grad")
     spectrum, tables = _constants(config, sizes)
-    parts = parts_of(config)
+    parts = config.parts
     groups = lane_groups(d, lanes) // parts
     radix = config.inner[-1]
 
@@ -179,7 +177,7 @@ def fft_backward(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     return [phi, value, grad, spectrum, tables.tensor, grad_phi, grad_value, correlation]
 
 
-def fft_denominator_backward(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
+def fft_denominator_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     """Return the arguments of C x, C^T y and their correlation, for feature rows x of keys and y of queries.
 
     Returns

@@ -7,20 +7,25 @@ Nothing of size n m d or n n is made.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from rpe_tvm.plan.twiddles import digit_order, weight_table_shape
+from rpe_tvm.plan.backward import BackwardConfig
+from rpe_tvm.plan.split import split_of
+from rpe_tvm.plan.twiddles import frequencies, weight_table_shape
 from rpe_tvm.runtime import Instance
+from rpe_tvm.runtime.operator import scratch
 from rpe_tvm.torch.layouts import pack_positions, unpack_features
 
 
 class Gradients(NamedTuple):
     """Gradients of attention on ready features.
 
-    `phi` is `[2, B, H, m, N2, N1]`, of the features of queries (0) and of keys (1), laid out as the features are.
+    `phi` is `[2, B, H, m, N2, N1]`, of the features of queries (0) and of keys (1), laid out as the features are. It is
+    memory of this thread, valid until its next call.
     """
 
     phi: Tensor
@@ -49,62 +54,57 @@ def attention_backward(
     is_causal : bool
         As in the forward pass.
     """
-    config, functions, tables = instance.config, instance.functions, instance.tables
+    config, functions, tables = cast(BackwardConfig, instance.config), instance.functions, instance.tables
     batch, heads, n_q, _ = out.shape
     n_k = value.shape[2]
-    spectrum = torch.empty(weight_table_shape(config, heads, n_q, n_k))
+    spectrum = _scratch("spectrum", weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias, n_q, n_k, int(is_causal), tables, spectrum)
 
-    # denominators, and gradients divided by them
-    pair = torch.stack((phi[1], torch.zeros_like(phi[0])))
-    products = torch.empty_like(pair)
-    split = _spectrum_shape(instance)
+    split = split_of(config)
     groups = -(-config.num_features // (2 * config.lanes))
-    of_denominator = torch.empty(batch, heads, groups, 2, *split)
-    functions["denominator_backward"](pair, spectrum, tables, products, of_denominator)
-    denominator = unpack_features(config, (phi[0] * products[0]).sum(2, keepdim=True), n_q)
+    denominators = _scratch("denominators", (batch, heads, groups, split.n2, split.q, split.s))
+    functions["denominator"](phi[0], phi[1], spectrum, tables, denominators)
+    denominator = unpack_features(config, denominators.sum(2, keepdim=True), n_q)
     grad = torch.where(denominator == 0, 0.0, grad_out / denominator)
-    grad_denominator = pack_positions(config, (grad * out).sum(-1).neg_())[:, :, None]
-    torch.mul(phi[0], grad_denominator, out=pair[1])
-    functions["denominator_backward"](pair, spectrum, tables, products, of_denominator)
-    products[0] *= grad_denominator
 
     # numerators
-    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-    parts = 2 if -(-config.head_dim // (2 * config.lanes)) % 2 == 0 else 1
-    grad_phi = torch.empty(batch, heads, parts, *phi.shape[:1], config.num_features, *_columns_shape(instance))
-    correlation = torch.empty(batch, heads, parts, 2, *split)
-    functions["backward"](phi, value, grad, spectrum, tables, grad_phi, grad_value, correlation)
-    products += grad_phi.sum(2).view(batch, heads, *phi.shape[:1], *phi.shape[3:]).movedim(2, 0)
-    correlation = correlation.sum((0, 2)) + of_denominator.sum((0, 2))
-    return Gradients(products, grad_value, _bias_gradient(instance, correlation, rpe_bias, n_q, n_k, is_causal))
-
-
-def _spectrum_shape(instance: Instance) -> tuple[int, ...]:
-    config = instance.config
     radix = config.inner[-1]
-    return math.prod(config.outer), math.prod(config.inner) // radix, radix, 2
+    spectrum_shape = (split.n1, split.n2 // radix, radix, 2)
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    sums = (batch, heads, config.parts, 2, config.num_features, split.n2, split.q, split.s)
+    grad_phi = _scratch("grad_phi", sums)
+    correlation = _scratch("correlation", (batch, heads, config.parts, 2, *spectrum_shape))
+    functions["backward"](phi, value, grad, spectrum, tables, grad_phi, grad_value, correlation)
+    correlations = correlation.sum((0, 2))
+
+    # denominators
+    grad_denominator = pack_positions(config, (grad * out).sum(-1).neg_())[:, :, None]
+    pair, products = (_scratch(name, phi.shape) for name in ("pair", "products"))
+    pair[0] = phi[1]
+    torch.mul(phi[0], grad_denominator, out=pair[1])
+    of_denominator = _scratch("correlation", (batch, heads, groups, 2, *spectrum_shape))
+    functions["denominator_backward"](pair, spectrum, tables, products, of_denominator)
+    correlations += of_denominator.sum((0, 2))
+    products[0] *= grad_denominator
+    for part in grad_phi.unbind(2):
+        products += part.view(batch, heads, 2, *phi.shape[3:]).movedim(2, 0)
+    return Gradients(products, grad_value, _bias_gradient(config, correlations, rpe_bias, n_q, n_k, is_causal))
 
 
-def _columns_shape(instance: Instance) -> tuple[int, ...]:
-    config = instance.config
-    first = config.outer[0]
-    return math.prod(config.inner), math.prod(config.outer) // first, first
+def _scratch(name: str, shape: Sequence[int]) -> Tensor:
+    return torch.from_numpy(scratch(f"backward {name}", shape))
 
 
 def _bias_gradient(
-    instance: Instance, correlation: Tensor, rpe_bias: Tensor, n_q: int, n_k: int, is_causal: bool
+    config: BackwardConfig, correlation: Tensor, rpe_bias: Tensor, n_q: int, n_k: int, is_causal: bool
 ) -> Tensor:
     """Gradient of b from the gradient of the spectra of exp(b): the inverse of how weights become spectra.
 
     With S_p the spectrum of parity p, grad c_t = Re sum_k,p S_p[k] exp(2 pi i t (k + p / 2) / P) / 2P and db = c dc.
     """
-    config = instance.config
     length = config.length
-    n1 = math.prod(config.outer)
-    order = digit_order(config.outer)[:, None] + n1 * digit_order(config.inner)
     spectra = torch.empty(correlation.shape[0], 2, length, dtype=torch.complex64)
-    spectra[..., torch.from_numpy(order.ravel())] = torch.view_as_complex(correlation.flatten(2, 4))
+    spectra[..., torch.from_numpy(frequencies(config))] = torch.view_as_complex(correlation.flatten(2, 4))
     circular = torch.fft.ifft(spectra)
     turn = torch.polar(torch.ones(length), torch.arange(length) * (math.pi / length))
     even, odd = circular[:, 0].real, (circular[:, 1] * turn).real

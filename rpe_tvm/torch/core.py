@@ -15,12 +15,13 @@ from rpe_tvm.torch.layouts import empty_features, pack_features, unpack_features
 
 torch.library.define(
     "rpe_tvm::toeplitz_attention",
-    "(Tensor phi_q, Tensor phi_k, Tensor value, Tensor rpe_bias, bool is_causal) -> Tensor",
+    "(Tensor phi_q, Tensor phi_k, Tensor value, Tensor rpe_bias, bool is_causal) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "rpe_tvm::toeplitz_attention_backward",
-    "(Tensor grad_out, Tensor phi_q, Tensor phi_k, Tensor value, Tensor rpe_bias, Tensor out, bool is_causal) "
+    "(Tensor grad_out, Tensor phi_q, Tensor phi_k, Tensor value, Tensor rpe_bias, Tensor out, Tensor sees_none, "
+    "bool is_causal) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -32,7 +33,8 @@ def toeplitz_attention(
     """Attention whose features are given (Luo 2021, Eq. 10), with gradients for all four tensors.
 
     ``out_i = sum_j c[j-i] (phi_q_i . phi_k_j) v_j / sum_j c[j-i] (phi_q_i . phi_k_j)`` with ``c = exp(rpe_bias)``.
-    A row that sees only keys whose features are 0 is 0 and passes no gradient.
+    A row whose denominator is 0, because no key that it sees has a feature in common with it, is 0 and passes no
+    gradient.
 
     Parameters
     ----------
@@ -57,7 +59,8 @@ def toeplitz_attention(
     ShapeError, DTypeError, ValueError
         If the arguments do not fit together or are not on the CPU.
     """
-    return cast(Tensor, torch.ops.rpe_tvm.toeplitz_attention(phi_q, phi_k, value, rpe_bias, is_causal))
+    out, _ = torch.ops.rpe_tvm.toeplitz_attention(phi_q, phi_k, value, rpe_bias, is_causal)
+    return cast(Tensor, out)
 
 
 def _check(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor) -> None:
@@ -86,32 +89,41 @@ def _check(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor) -> Non
         )
 
 
-def _sees_no_key(phi_k: Tensor, n_q: int, is_causal: bool) -> Tensor:
-    """Which rows see only keys without features, `[B, H, n_q, 1]` or `[B, H, 1, 1]`.
+def _sees_none(phi_q: Tensor, phi_k: Tensor, is_causal: bool) -> Tensor:
+    """Which queries have no features or see only keys without, `[B, H, n_q, 1]`.
 
     Told from the features: by FFT the denominator of such a row is a rounding error of others, not 0.
     """
-    is_there = phi_k.ne(0).any(-1, keepdim=True)
-    if not is_causal:
-        return ~is_there.any(2, keepdim=True)
-    up_to = is_there.cummax(2).values
-    missing = n_q - up_to.shape[2]
-    if missing > 0:
-        up_to = torch.cat((up_to, up_to[:, :, -1:].expand(-1, -1, missing, -1)), 2)
-    return ~up_to[:, :, :n_q]
+    n_q = phi_q.shape[2]
+    has_key = phi_k.ne(0).any(-1, keepdim=True)
+    if is_causal:
+        has_key = has_key.cummax(2).values
+        missing = n_q - has_key.shape[2]
+        if missing > 0:
+            has_key = torch.cat((has_key, has_key[:, :, -1:].expand(-1, -1, missing, -1)), 2)
+        has_key = has_key[:, :, :n_q]
+    else:
+        has_key = has_key.any(2, keepdim=True)
+    return ~(has_key & phi_q.ne(0).any(-1, keepdim=True))
+
+
+def _is_zero_over_zero(out: Tensor, phi_q: Tensor, phi_k: Tensor, value: Tensor) -> Tensor:
+    """Which rows are NaN though what they are made from is finite, `[B, H, n_q, 1]`."""
+    finite = phi_k.isfinite().all((2, 3), keepdim=True) & value.isfinite().all((2, 3), keepdim=True)
+    return out.isnan().all(-1, keepdim=True) & finite & phi_q.isfinite().all(-1, keepdim=True)
 
 
 def _last_axis_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool) -> Tensor:
+def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     _check(phi_q, phi_k, value, rpe_bias)
     batch, heads, n_q, m = phi_q.shape
     n_k, d = value.shape[2:]
     out = value.new_zeros(batch, heads, n_q, d)
     if out.numel() == 0 or n_k == 0:
-        return out
+        return out, torch.ones(batch, heads, n_q, 1, dtype=torch.bool)
     instance = get_operator(max(n_q, n_k), m, d)
     config, functions, tables = instance.config, instance.functions, instance.tables
     phi = empty_features(config, batch, heads, n_q, n_k)
@@ -120,11 +132,23 @@ def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_c
     table = torch.empty(weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias.contiguous(), n_q, n_k, int(is_causal), tables, table)
     functions["attention"](phi[0], phi[1], _last_axis_contiguous(value), table, tables, out)
-    return out.masked_fill_(_sees_no_key(phi_k, n_q, is_causal), 0.0)
+    sees_none = _sees_none(phi_q, phi_k, is_causal)
+    out.masked_fill_(sees_none, 0.0)
+    if out.isnan().any():
+        sees_none |= _is_zero_over_zero(out, phi_q, phi_k, value)
+        out.masked_fill_(sees_none, 0.0)
+    return out, sees_none
 
 
 def _backward(
-    grad_out: Tensor, phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, out: Tensor, is_causal: bool
+    grad_out: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    out: Tensor,
+    sees_none: Tensor,
+    is_causal: bool,
 ) -> tuple[Tensor, ...]:
     batch, heads, n_q, m = phi_q.shape
     n_k, d = value.shape[2:]
@@ -136,7 +160,7 @@ def _backward(
     pack_features(instance.config, phi_k, phi[1])
     found = attention_backward(
         instance,
-        grad_out.masked_fill(_sees_no_key(phi_k, n_q, is_causal), 0.0),
+        grad_out.masked_fill(sees_none, 0.0),
         out,
         phi,
         _last_axis_contiguous(value),
@@ -149,23 +173,33 @@ def _backward(
     return of_query, of_key, found.value, found.rpe_bias
 
 
-def _fake_forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool) -> Tensor:
+def _fake_forward(
+    phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor]:
     _check(phi_q, phi_k, value, rpe_bias)
-    return value.new_empty(*phi_q.shape[:3], value.shape[3])
+    rows = phi_q.shape[:3]
+    return value.new_empty(*rows, value.shape[3]), value.new_empty(*rows, 1, dtype=torch.bool)
 
 
 def _fake_backward(
-    grad_out: Tensor, phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, out: Tensor, is_causal: bool
+    grad_out: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    out: Tensor,
+    sees_none: Tensor,
+    is_causal: bool,
 ) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (phi_q, phi_k, value, rpe_bias))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.is_causal = inputs
-    ctx.save_for_backward(*tensors, output)
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     found = torch.ops.rpe_tvm.toeplitz_attention_backward(grad_out, *ctx.saved_tensors, ctx.is_causal)
     return (*found, None)
 

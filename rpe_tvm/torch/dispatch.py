@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rpe_tvm.errors import ArtefactError, BuildError, CompilerNotFoundError
-from rpe_tvm.plan import toeplitz, wisdom
+from rpe_tvm.plan import backward, toeplitz, wisdom
 from rpe_tvm.plan.buckets import bucket_length
-from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.runtime import Instance, ToeplitzInstance, load, load_toeplitz
+from rpe_tvm.runtime import Instance, ToeplitzInstance, load, load_backward, load_toeplitz
 from rpe_tvm.runtime.operator import Functions
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 ARTEFACTS_VARIABLE = "RPE_TVM_ARTEFACTS"
 
 # The name of a config: its kind, such as attention-m32-d64 or toeplitz-d64, and its length.
-_NAME = re.compile(r"(attention-m\d+-d\d+|toeplitz-d\d+)-n(\d+)")
+_NAME = re.compile(r"((?:attention|backward)-m\d+-d\d+|toeplitz-d\d+)-n(\d+)")
 
 T = TypeVar("T")
 
@@ -117,6 +116,20 @@ def get_operator(n: int, num_features: int, head_dim: int) -> Instance:
     )
 
 
+def get_backward(n: int, num_features: int, head_dim: int) -> Instance:
+    """The compiled gradients for n positions; as `get_operator`."""
+    return _get(
+        _Kind(
+            name=f"backward-m{num_features}-d{head_dim}",
+            options=f"--op backward --features {num_features} --head-dim {head_dim}",
+            load=lambda path, length: load_backward(path),
+            choose=lambda target, bucket: backward.choose(target.id, bucket, num_features, head_dim, target.lanes),
+            wrap=Instance.of,
+        ),
+        bucket_length(n),
+    )
+
+
 def get_toeplitz(n: int, head_dim: int) -> ToeplitzInstance:
     """The compiled Toeplitz product for n positions, the larger of inputs and outputs; as `get_operator`."""
     return _get(
@@ -141,33 +154,6 @@ def _get(kind: _Kind[T], bucket: int) -> T:
                 found = _from_artefacts(kind, bucket) or _compiled(kind, bucket)
                 _loaded[key] = found
     return found
-
-
-_backwards = {}
-
-
-def get_backward(n: int, num_features: int, head_dim: int) -> Instance:
-    """The compiled gradients for n positions; compiles them if it has to."""
-    import tvm_ffi
-
-    from rpe_tvm import targets
-    from rpe_tvm.build import compile as build
-    from rpe_tvm.build import lower_backward
-    from rpe_tvm.plan import wisdom
-
-    target = targets.detect()
-    bucket = bucket_length(n)
-    key = (bucket, num_features, head_dim)
-    if key not in _backwards:
-        config = wisdom.fft_config(num_features, head_dim, bucket, wisdom.fft_lanes(target.id, target.lanes))
-        lowered = lower_backward.lower(config)
-        path = build.compile_module(
-            lowered.mod, f"backward-{config.name}", config.to_json(), target, op="attention_backward"
-        )
-        module = tvm_ffi.load_module(str(path / "lib.so"))
-        names = ("features_prf", "features_nprf", "weights", "backward", "denominator_backward")
-        _backwards[key] = Instance.of(config, {name: module[name] for name in names})
-    return _backwards[key]
 
 
 def describe(n: int, num_features: int, head_dim: int) -> str:
@@ -231,10 +217,7 @@ def _compiled(kind: _Kind[T], bucket: int) -> T:
     target = targets.detect()
     config = kind.choose(target, bucket)
     try:
-        if isinstance(config, ToeplitzConfig):
-            path = build.compile_toeplitz(config, target)
-        else:
-            path = build.compile_attention(config, target)
+        path = build.compile_operator(config, target)
     except CompilerNotFoundError as error:
         _warn_once(
             "no compiler",

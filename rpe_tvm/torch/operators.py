@@ -1,4 +1,4 @@
-"""The operator ``torch.ops.rpe_tvm.kernelized_attention`` and its gradients: schemas, CPU and fake kernels, autograd."""
+"""The operator ``torch.ops.rpe_tvm.kernelized_attention``: schemas, CPU and fake kernels, gradients."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _kernelized_attention_backward(
     instance = get_backward(max(n_q, n_k), projection.shape[0], query.shape[3])
     projection = projection.contiguous()
     inputs = [_last_axis_contiguous(x) for x in (query, key)]
-    phi = empty_features(instance.config, *query.shape[:2], n_q, n_k)
+    phi = empty_features(instance.config, query.shape[0], query.shape[1], n_q, n_k)
     for x, features in zip(inputs, phi, strict=True):
         instance.functions[f"features_{feature_map}"](x, projection, features)
     found = attention_backward(

@@ -35,7 +35,7 @@ print(json.dumps([peak, query.nbytes + key.nbytes + value.nbytes + out.nbytes, b
 
 def test_peak_memory_of_a_long_sequence_is_under_three_times_inputs_and_output():
     target = targets.detect()
-    path = build.compile_attention(wisdom.choose(target.id, 65536, 32, 64, target.lanes), target)
+    path = build.compile_operator(wisdom.choose(target.id, 65536, 32, 64, target.lanes), target)
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True)
     peak, size, finite = json.loads(done.stdout)
     assert finite

@@ -33,12 +33,12 @@ def check(operator):
 @pytest.mark.parametrize(("d", "lanes"), [(32, 8), (5, 4)])
 def test_values(d, lanes):
     config = ToeplitzConfig(d, 64, (4, 2), (8,), lanes)
-    check(runtime.load_toeplitz(build.compile_toeplitz(config, AVX2)))
+    check(runtime.load_toeplitz(build.compile_operator(config, AVX2)))
 
 
 def test_all_threads_work_on_one_product(monkeypatch):
     monkeypatch.setattr(x86, "toeplitz_matmul", lambda sch, config: cpu_toeplitz.toeplitz_matmul(sch, config, True))
-    check(runtime.load_toeplitz(build.compile_toeplitz(ToeplitzConfig(32, 64, (8,), (8,), 8), AVX2)))
+    check(runtime.load_toeplitz(build.compile_operator(ToeplitzConfig(32, 64, (8,), (8,), 8), AVX2)))
 
 
 def test_both_operators_in_one_directory(artefacts, tmp_path, monkeypatch):

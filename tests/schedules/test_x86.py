@@ -19,7 +19,7 @@ HERE = targets.detect()
 
 
 def check(config, target, n_q, n_k, **options):
-    operator = runtime.load(build.compile_attention(config, target))
+    operator = runtime.load(build.compile_operator(config, target))
     random = np.random.default_rng(0)
     m, d = config.num_features, config.head_dim
 

@@ -37,7 +37,7 @@ class Machine:
         self.planned.append((target_id, n, m, d))
         return AttentionConfig(m, d, n, "direct", tile=(32, 64), lanes=lanes)
 
-    def compile_attention(self, config, target, **_):
+    def compile_operator(self, config, target, **_):
         self.compiled.append(config)
         if self.error is not None:
             raise self.error
@@ -65,7 +65,7 @@ def write_artefact(path, config, source="tuned"):
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     made = Machine(tmp_path)
-    monkeypatch.setattr(build, "compile_attention", made.compile_attention)
+    monkeypatch.setattr(build, "compile_operator", made.compile_operator)
     monkeypatch.setattr(build, "in_memory", made.compile_in_memory)
     monkeypatch.setattr(targets, "detect", lambda: TARGET)
     monkeypatch.setattr(wisdom, "choose", made.choose)

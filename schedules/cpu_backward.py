@@ -15,13 +15,16 @@ from rpe_tvm.schedules.cpu import Block, Choices, Loop, Stage, at_consumer, pad_
 from rpe_tvm.te.dft import COMPOSITE
 
 
-def _folds(sch: Schedule, lanes: int) -> list[Block]:
-    """Return the blocks that sum over lanes, the last one first."""
-    names = ["dots"]
+def _fold_in_registers(sch: Schedule, name: str, lanes: int, loop: Loop, unrolled: int) -> None:
+    """Compute the blocks that sum over lanes under `loop`."""
+    names = [name]
     while lanes > 2:
         lanes //= 2
-        names.append(f"dots{lanes}")
-    return [sch.get_sblock(name) for name in reversed(names)]
+        names.append(f"{name}{lanes}")
+    for each in reversed(names):
+        block = sch.get_sblock(each)
+        at_consumer(sch, block, loop)
+        vectorize(sch, block, unrolled)
 
 
 def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
@@ -30,33 +33,35 @@ def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
     columns, rows = transform("pair_columns", config.outer), transform("pair_rows", config.inner)
     back_rows = transform("pair_back_rows", config.inner[::-1])
     back_columns = transform("pair_back_columns", config.outer[::-1])
-    grad_phi, sums, cross = (sch.get_sblock(name) for name in ("grad_phi", "sums", "cross"))
+    grad_phi, sums, correlation = (sch.get_sblock(name) for name in ("grad_phi", "sums", "correlation"))
 
     # one nest over (batch, head, part, group, parity, feature) for all results, in it one over columns, one over rows
     b, h, part, side, feature, column, q, s, group, parity = sch.get_loops(grad_phi)
     sch.reorder(b, h, part, group, parity, feature, column, side, q, s)
     b, h, part, group, parity, column2, q, s, c, lane, feature2 = sch.get_loops(sums)
     sch.reorder(b, h, part, group, parity, feature2, column2, q, s, c, lane)
-    b, h, part, parity, row, *inner, group, feature3 = sch.get_loops(cross)
+    b, h, part, parity, row, *inner, group, feature3 = sch.get_loops(correlation)
     sch.reorder(b, h, part, group, parity, feature3, row, *inner)
-    sch.merge(feature3, feature, feature2)
+    sch.merge(feature, feature3, feature2)  # where the last one stands: after all that they need
     sch.merge(sch.get_loops(grad_phi)[6], sch.get_loops(sums)[6])
     b, h, part, group, parity, feature, column = sch.get_loops(grad_phi)[:7]
     task = sch.fuse(b, h, part)
 
     position = sch.get_loops(grad_phi)[-1]
-    for block in _folds(sch, config.lanes):
-        at_consumer(sch, block, position)
-        vectorize(sch, block, unrolled=0)
+    _fold_in_registers(sch, "dots", config.lanes, position, unrolled=0)
+    sch.unroll(position)
     for stage in reversed(back_columns):
         place(sch, stage, column)
 
     # the last inverse stage of a row and the correlation share the rows' spectra
     last_row = place(sch, back_rows[-1], feature, preserve_unit_loops=False)
-    before = len(sch.get_loops(cross)) - 5
+    before = len(sch.get_loops(correlation)) - 4
     side, of_back = sch.get_loops(last_row)[before : before + 2]
     sch.reorder(of_back, side)
-    row = sch.merge(sch.get_loops(cross)[before], of_back)
+    row = sch.merge(sch.get_loops(correlation)[before], of_back)
+    *_, frequency, part = sch.get_loops(correlation)
+    _fold_in_registers(sch, "crossed", config.lanes, frequency, unrolled=1)
+    sch.unroll(part)
     for stage in (*reversed(back_rows[:-1]), *reversed(rows)):
         block = place(sch, stage, row)
         if stage is back_rows[0] and stage.radix in COMPOSITE:
@@ -67,16 +72,12 @@ def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
     for stage in reversed(columns[:-1]):
         place(sch, stage, column_before)
     at_consumer(sch, sch.get_sblock("packed"), parity)
-    correlation = sch.get_sblock("correlation")
-    sch.reverse_compute_at(correlation, task)
     sch.parallel(task)
 
-    for name, unrolled in (("packed", 1), ("sums", 1), ("cross", 1)):
-        vectorize(sch, sch.get_sblock(name), unrolled=unrolled)
-    sch.unroll(position)
-    sch.unroll(sch.get_loops(correlation)[-1])
+    for block in (sch.get_sblock("packed"), sums):
+        vectorize(sch, block, unrolled=1)
     vectorize(sch, sch.decompose_reduction(sums, feature), unrolled=0)
-    vectorize(sch, sch.decompose_reduction(cross, group), unrolled=0)
+    sch.decompose_reduction(correlation, group)
     sch.decompose_reduction(grad_phi, group)
 
     pad_rows(sch, config, last_column, split.n1)

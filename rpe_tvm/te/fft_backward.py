@@ -56,6 +56,22 @@ def _products(
     return transform_back("pair", config, tuple(rows.shape[:rank]), tables, weighted)
 
 
+def _folded(wide: te.Tensor, name: str, lanes: int) -> te.Tensor:
+    """Return the two sums over all even and all odd lanes, made half by half; blocks are `<name><lanes>`.
+
+    In registers: a reduction over lanes would read them back from memory one by one.
+    """
+    while lanes > 2:
+        lanes //= 2
+
+        def fold(*at: Expr, wide: te.Tensor = wide, lanes: int = lanes) -> Expr:
+            *where, lane = at
+            return wide[(*where, lane)] + wide[(*where, lane + lanes)]
+
+        wide = cx.compute((*wide.shape[:-1], lanes), fold, f"{name}{lanes}")
+    return wide
+
+
 def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     """Return the arguments of the gradients of the numerators, the outputs last.
 
@@ -120,16 +136,7 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         return product[0] * other[0] + product[1] * other[1]
 
     dots = cx.compute((*lead, *points, lanes), dot, "dots")
-    width = lanes
-    while width > 2:
-        # halves by halves in registers; a loop over lanes would read them back from memory one by one
-        width //= 2
-
-        def fold(*at: Expr, wide: te.Tensor = dots, width: int = width) -> Expr:
-            *where, lane = at
-            return wide[(*where, lane)] + wide[(*where, lane + width)]
-
-        dots = cx.compute((*lead, *points, width), fold, f"dots{width}")
+    dots = _folded(dots, "dots", lanes)
     group, parity, feature = (
         te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in ((groups, "g"), (2, "p"), (m, "f"))
     )
@@ -161,20 +168,23 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     # correlation: conj(spectrum of side 1) * spectrum of side 0
     group2, feature2 = (te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in ((groups, "g"), (m, "f")))
 
-    def correlate(b: Expr, h: Expr, t: Expr, p: Expr, k1: Expr, block: Expr, k: Expr, c: Expr, lane: Expr) -> Expr:
-        at = (b, h, t, group2, p, feature2)
-        first, second = (cx.load_lanes(rows, (*at, side, k1, block, 0, k), lane) for side in (0, 1))
-        return te.sum(cx.part(c, cx.mul_conj(first, second)), axis=[group2, feature2])
-
     frequencies = (split.n1, split.n2 // radix, radix, 2)
-    cross = cx.compute((batch, heads, parts, 2, *frequencies, lanes), correlate, "cross")
-    last_lane = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
-    correlation = cx.compute(
-        (batch, heads, parts, 2, *frequencies),
-        lambda *at: te.sum(cross[(*at, last_lane)], axis=last_lane),
-        "correlation",
-    )
-    return [phi, value, grad, spectrum, tables.tensor, grad_phi, grad_value, correlation]
+
+    def multiply(
+        b: Expr, h: Expr, t: Expr, g: Expr, p: Expr, f: Expr, k1: Expr, block: Expr, k: Expr, c: Expr, lane: Expr
+    ) -> Expr:
+        at = (b, h, t, g, p, f)
+        first, second = (cx.load_lanes(rows, (*at, side, k1, block, 0, k), lane) for side in (0, 1))
+        return cx.part(c, cx.mul_conj(first, second))
+
+    crossed = _folded(cx.compute((*lead[:-1], *frequencies, lanes), multiply, "crossed"), "crossed", lanes)
+
+    def correlate(b: Expr, h: Expr, t: Expr, p: Expr, k1: Expr, block: Expr, k: Expr, c: Expr) -> Expr:
+        at = (b, h, t, group2, p, feature2, k1, block, k, c)
+        return te.sum(crossed[(*at, 0)] + crossed[(*at, 1)], axis=[group2, feature2])
+
+    correlation = cx.compute((batch, heads, parts, 2, *frequencies), correlate, "correlation")
+    return [phi, value, grad, spectrum, tables.tensor, grad_phi, correlation, grad_value]
 
 
 def fft_denominator_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:

@@ -74,7 +74,7 @@ def attention_backward(
     sums = (batch, heads, config.parts, 2, config.num_features, split.n2, split.q, split.s)
     grad_phi = _scratch("grad_phi", sums)
     correlation = _scratch("correlation", (batch, heads, config.parts, 2, *spectrum_shape))
-    functions["backward"](phi, value, grad, spectrum, tables, grad_phi, grad_value, correlation)
+    functions["backward"](phi, value, grad, spectrum, tables, grad_phi, correlation, grad_value)
     correlations = correlation.sum((0, 2))
 
     # denominators

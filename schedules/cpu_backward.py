@@ -116,7 +116,7 @@ def fft_denominator_backward(sch: Schedule, config: BackwardConfig) -> None:
     pad_rows(sch, config, last_row, split.n2)
     sch.parallel(sch.fuse(b, h, group))
 
-    side, b, h, feature, *_ = sch.get_loops(sch.get_sblock("products"))
+    side, b, h, feature, *_ = sch.get_loops(sch.get_sblock("total"))
     sch.parallel(sch.fuse(side, b, h, feature))
 
 

@@ -188,19 +188,25 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
 
 
 def fft_denominator_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
-    """Return the arguments of C x, C^T y and their correlation, for feature rows x of keys and y of queries.
+    """Return the arguments of the gradients of the denominators, added to those of the numerators; the outputs last.
+
+    With w_i = -sum_e g_ie out_ie: grad phi_q[f] += w (C phi_k[f]), grad phi_k[f] += C^T (w phi_q[f]), and the correlation
+    of w phi_q[f] with phi_k[f].
 
     Returns
     -------
     list of te.Tensor
-        pair `[2, B, H, m, N2, N1]` (x, y), spectrum `[H, 2, P, 2]`, tables (flat);
-        products `[2, B, H, m, N2, N1]` (C x, C^T y) and correlation `[B, H, groups, 2, N1, N2 / R, R, 2]`, to be summed
-        over groups.
+        phi `[2, B, H, m, N2, N1]` of queries and keys, w `[B, H, N2, N1]`, grad_phi as `fft_backward` returns it,
+        spectrum `[H, 2, P, 2]`, tables (flat);
+        total `[2, B, H, m, N2, N1]` and correlation `[B, H, groups, 2, N1, N2 / R, R, 2]`, to be summed over groups.
     """
     m, lanes = config.num_features, config.lanes
     batch, heads = sizes.batch, sizes.heads
     split = split_of(config)
-    pair = _feature_pair(config, sizes, "pair")
+    phi = _feature_pair(config, sizes, "phi")
+    weight = te.placeholder((batch, heads, *phi.shape[-2:]), cx.FLOAT, "w")
+    sums = (batch, heads, config.parts, 2, m, split.n2, split.q, split.s)
+    grad_phi = te.placeholder([cx.int64(n) if isinstance(n, int) else n for n in sums], cx.FLOAT, "grad_phi")
     spectrum, tables = _constants(config, sizes)
     groups = lane_groups(m, lanes)
     radix = config.inner[-1]
@@ -208,7 +214,9 @@ def fft_denominator_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Te
     def pack(b: Expr, h: Expr, g: Expr, p: Expr, side: Expr, n2: Expr, q: Expr, s: Expr, c: Expr, lane: Expr) -> Expr:
         def element(half: int) -> Expr:
             ch = channel(g, half, lane, lanes)
-            return existing(ch, m, lanes, pair[side, b, h, ch, n2, q * split.s + s])
+            n1 = q * split.s + s
+            factor = tirx.if_then_else(side == 0, cx.real(1.0), weight[b, h, n2, n1])
+            return existing(ch, m, lanes, phi[1 - side, b, h, ch, n2, n1] * factor)
 
         return cx.part(c, twist(tables, p, split.position(n2, q, s), (element(0), element(1))))
 
@@ -223,13 +231,15 @@ def fft_denominator_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Te
     )
     weighted = _products(config, rows, spectrum, tables, head=1, parity=3)
 
-    def product(side: Expr, b: Expr, h: Expr, ch: Expr, n2: Expr, n1: Expr) -> Expr:
+    def of_feature(side: Expr, b: Expr, h: Expr, ch: Expr, n2: Expr, n1: Expr) -> Expr:
         g, c, lane = place(ch, lanes)
-        at = (n2, 0, n1 // split.s, n1 % split.s)
-        both = [cx.load_lanes(weighted, (b, h, g, p, side, *at), lane) for p in (0, 1)]
-        return cx.part(c, untwisted_sum(tables, split.position(n2, n1 // split.s, n1 % split.s), both))
+        q, s = n1 // split.s, n1 % split.s
+        both = [cx.load_lanes(weighted, (b, h, g, p, side, n2, 0, q, s), lane) for p in (0, 1)]
+        product = cx.part(c, untwisted_sum(tables, split.position(n2, q, s), both))
+        factor = tirx.if_then_else(side == 0, weight[b, h, n2, n1], cx.real(1.0))
+        return product * factor + sum(grad_phi[b, h, part, side, ch, n2, q, s] for part in range(config.parts))
 
-    products = cx.compute((2, batch, heads, m, split.n2, split.n1), product, "products")
+    total = cx.compute((2, batch, heads, m, split.n2, split.n1), of_feature, "total")
     lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
 
     def correlate(b: Expr, h: Expr, g: Expr, p: Expr, k1: Expr, block: Expr, k: Expr, c: Expr) -> Expr:
@@ -238,4 +248,4 @@ def fft_denominator_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Te
 
     frequencies = (split.n1, split.n2 // radix, radix, 2)
     correlation = cx.compute((batch, heads, groups, 2, *frequencies), correlate, "correlation")
-    return [pair, spectrum, tables.tensor, products, correlation]
+    return [phi, weight, grad_phi, spectrum, tables.tensor, total, correlation]

@@ -78,17 +78,12 @@ def attention_backward(
     correlations = correlation.sum((0, 2))
 
     # denominators
-    grad_denominator = pack_positions(config, (grad * out).sum(-1).neg_())[:, :, None]
-    pair, products = (_scratch(name, phi.shape) for name in ("pair", "products"))
-    pair[0] = phi[1]
-    torch.mul(phi[0], grad_denominator, out=pair[1])
+    weight = pack_positions(config, (grad * out).sum(-1).neg_())
+    total = _scratch("total", phi.shape)
     of_denominator = _scratch("correlation", (batch, heads, groups, 2, *spectrum_shape))
-    functions["denominator_backward"](pair, spectrum, tables, products, of_denominator)
+    functions["denominator_backward"](phi, weight, grad_phi, spectrum, tables, total, of_denominator)
     correlations += of_denominator.sum((0, 2))
-    products[0] *= grad_denominator
-    for part in grad_phi.unbind(2):
-        products += part.view(batch, heads, 2, *phi.shape[3:]).movedim(2, 0)
-    return Gradients(products, grad_value, _bias_gradient(config, correlations, rpe_bias, n_q, n_k, is_causal))
+    return Gradients(total, grad_value, _bias_gradient(config, correlations, rpe_bias, n_q, n_k, is_causal))
 
 
 def _scratch(name: str, shape: Sequence[int]) -> Tensor:

@@ -63,9 +63,7 @@ def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
     _fold_in_registers(sch, "crossed", config.lanes, frequency, unrolled=1)
     sch.unroll(part)
     for stage in (*reversed(back_rows[:-1]), *reversed(rows)):
-        block = place(sch, stage, row)
-        if stage is back_rows[0] and stage.radix in COMPOSITE:
-            sch.unroll(sch.get_loops(block)[-7])  # sides: one of them takes conjugates
+        place(sch, stage, row)
     last_column = place(sch, columns[-1], feature)
     side, column_before = sch.get_loops(last_column)[-7:-5]
     sch.reorder(column_before, side)

@@ -37,7 +37,8 @@ def _feature_pair(config: BackwardConfig, sizes: Sizes, name: str) -> te.Tensor:
 
 def _constants(config: BackwardConfig, sizes: Sizes) -> tuple[te.Tensor, dft.Tables]:
     where = twiddles.layout(config)
-    spectrum = te.placeholder((sizes.heads, *map(cx.int64, (2, config.length, 2))), cx.FLOAT, "spectrum")
+    shape = (cx.int64(2), sizes.heads, *map(cx.int64, (2, config.length, 2)))
+    spectrum = te.placeholder(shape, cx.FLOAT, "spectrum")
     return spectrum, dft.Tables(te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables"), where)
 
 
@@ -49,9 +50,8 @@ def _products(
     split = split_of(config)
 
     def weighted(at: tuple[Expr, ...], k1: Expr, k2: Expr, lane: Expr) -> cx.Complex:
-        re, im = cx.load(spectrum, at[head], at[parity], k1 * split.n2 + k2)
-        sided = tirx.Select(at[-1] == 0, im, -im)
-        return cx.mul(at_frequency(config, rows, at, k1, k2, lane), (re, sided))
+        factor = cx.load(spectrum, at[-1], at[head], at[parity], k1 * split.n2 + k2)
+        return cx.mul(at_frequency(config, rows, at, k1, k2, lane), factor)
 
     return transform_back("pair", config, tuple(rows.shape[:rank]), tables, weighted)
 
@@ -86,7 +86,8 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     -------
     list of te.Tensor
         phi `[2, B, H, m, N2, N1]` of queries and keys (zero past the length), value `[B, H, n_k, d]`,
-        grad `[B, H, n_q, d]` (grad_out / den), spectrum `[H, 2, P, 2]`, tables (flat);
+        grad `[B, H, n_q, d]` (grad_out / den), spectrum `[2, H, 2, P, 2]` (of C and of C^T, its conjugate),
+        tables (flat);
         grad_phi `[B, H, parts, 2, m, N2, Q, S]` and correlation `[B, H, parts, 2, N1, N2 / R, R, 2]`, to be summed over
         parts, and grad_value `[B, H, n_k, d]`.
     """
@@ -190,14 +191,14 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
 def fft_denominator_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     """Return the arguments of the gradients of the denominators, added to those of the numerators; the outputs last.
 
-    With w_i = -sum_e g_ie out_ie: grad phi_q[f] += w (C phi_k[f]), grad phi_k[f] += C^T (w phi_q[f]), and the correlation
-    of w phi_q[f] with phi_k[f].
+    With w_i = -sum_e g_ie out_ie: grad phi_q[f] += w (C phi_k[f]), grad phi_k[f] += C^T (w phi_q[f]), and the
+    correlation of w phi_q[f] with phi_k[f].
 
     Returns
     -------
     list of te.Tensor
         phi `[2, B, H, m, N2, N1]` of queries and keys, w `[B, H, N2, N1]`, grad_phi as `fft_backward` returns it,
-        spectrum `[H, 2, P, 2]`, tables (flat);
+        spectrum `[2, H, 2, P, 2]` (of C and of C^T, its conjugate), tables (flat);
         total `[2, B, H, m, N2, N1]` and correlation `[B, H, groups, 2, N1, N2 / R, R, 2]`, to be summed over groups.
     """
     m, lanes = config.num_features, config.lanes

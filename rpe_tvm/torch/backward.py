@@ -57,13 +57,14 @@ def attention_backward(
     config, functions, tables = cast(BackwardConfig, instance.config), instance.functions, instance.tables
     batch, heads, n_q, _ = out.shape
     n_k = value.shape[2]
-    spectrum = _scratch("spectrum", weight_table_shape(config, heads, n_q, n_k))
-    functions["weights"](rpe_bias, n_q, n_k, int(is_causal), tables, spectrum)
+    spectra = _scratch("spectra", (2, *weight_table_shape(config, heads, n_q, n_k)))
+    functions["weights"](rpe_bias, n_q, n_k, int(is_causal), tables, spectra[0])
+    torch.mul(spectra[0], torch.tensor([1.0, -1.0]), out=spectra[1])
 
     split = split_of(config)
     groups = -(-config.num_features // (2 * config.lanes))
     denominators = _scratch("denominators", (batch, heads, groups, split.n2, split.q, split.s))
-    functions["denominator"](phi[0], phi[1], spectrum, tables, denominators)
+    functions["denominator"](phi[0], phi[1], spectra[0], tables, denominators)
     denominator = unpack_features(config, denominators.sum(2, keepdim=True), n_q)
     grad = torch.where(denominator == 0, 0.0, grad_out / denominator)
 
@@ -74,14 +75,14 @@ def attention_backward(
     sums = (batch, heads, config.parts, 2, config.num_features, split.n2, split.q, split.s)
     grad_phi = _scratch("grad_phi", sums)
     correlation = _scratch("correlation", (batch, heads, config.parts, 2, *spectrum_shape))
-    functions["backward"](phi, value, grad, spectrum, tables, grad_phi, correlation, grad_value)
+    functions["backward"](phi, value, grad, spectra, tables, grad_phi, correlation, grad_value)
     correlations = correlation.sum((0, 2))
 
     # denominators
     weight = pack_positions(config, (grad * out).sum(-1).neg_())
     total = _scratch("total", phi.shape)
     of_denominator = _scratch("correlation", (batch, heads, groups, 2, *spectrum_shape))
-    functions["denominator_backward"](phi, weight, grad_phi, spectrum, tables, total, of_denominator)
+    functions["denominator_backward"](phi, weight, grad_phi, spectra, tables, total, of_denominator)
     correlations += of_denominator.sum((0, 2))
     return Gradients(total, grad_value, _bias_gradient(config, correlations, rpe_bias, n_q, n_k, is_causal))
 

@@ -27,8 +27,11 @@ BELOW = {
     "tune": {"errors", "plan", "te", "schedules", "targets", "build", "runtime", "reference"},
     "torch": {"errors", "plan", "runtime"},
     "peers": {"errors", "reference"},
-    "bench": {"errors", "reference"},
-    "bench_toeplitz": {"errors", "bench"},
+    "bench_turns": {"errors"},
+    "bench_machine": set(),
+    "bench_output": {"bench_machine"},
+    "bench": {"errors", "reference", "bench_turns", "bench_machine", "bench_output"},
+    "bench_toeplitz": {"errors", "bench_turns", "bench_machine", "bench_output"},
     "cli": {"errors", "bench", "bench_toeplitz"},
     "__main__": {"cli"},
 }
@@ -46,7 +49,7 @@ HEAVY = {
     "tvm": ({"te", "schedules", "build", "tune"}, {"targets"}),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"targets"}),
     "torch": ({"torch", "peers"}, {"bench", "bench_toeplitz"}),
-    "matplotlib": (set(), {"bench"}),
+    "matplotlib": (set(), {"bench_output"}),
     "xgboost": (set(), {"tune"}),
 }
 

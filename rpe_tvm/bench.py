@@ -120,30 +120,16 @@ def run(
     bench_turns.WrongResultError
         If a contestant's numbers are wrong, before and after the timing.
     """
-    sizes = {"heads": heads, "num_features": num_features, "head_dim": head_dim}
-    for name, size in [*sizes.items(), *(("length", n) for n in lengths)]:
-        if size < 1:
-            raise ValueError(f"Invalid {name}: expected at least 1, got {size}; pass a positive number")
+    bench_turns.check_sizes(lengths, 1, heads=heads, num_features=num_features, head_dim=head_dim)
 
-    import torch
-    from tqdm import tqdm
+    def measure(n: int, show: Callable[[str], None]) -> Row:
+        import torch
 
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads or threads_before)
-    rows = []
-    try:
-        with torch.no_grad(), tqdm(lengths, unit="length", file=sys.stderr, leave=False) as progress:
-            for n in progress:
-                progress.set_description(f"n={n}")
-                inputs = _make_inputs(n, heads, num_features, head_dim)
-                row = _measure(inputs, seconds, is_causal, describe, progress.set_postfix_str)
-                rows.append(row)
-                if on_row is not None:
-                    progress.clear()
-                    on_row(row)
-    finally:
-        torch.set_num_threads(threads_before)
-    return rows
+        with torch.no_grad():
+            inputs = _make_inputs(n, heads, num_features, head_dim)
+            return _measure(inputs, seconds, is_causal, describe, show)
+
+    return bench_turns.rows_of(lengths, threads, measure, on_row)
 
 
 def _make_inputs(n: int, heads: int, num_features: int, head_dim: int) -> _Inputs:
@@ -296,13 +282,11 @@ _HEADINGS = (
     "error",
     "torch.fft error",
 )
-_WIDTHS = tuple(16 if heading == "algorithm" else max(len(heading), 7) for heading in _HEADINGS)
 
 
 def table_header() -> str:
-    """The two heading lines of the table; Markdown, and aligned for the eye."""
-    rule = "|".join("-" * (width + 1) + ":" for width in _WIDTHS)
-    return f"{_join(_HEADINGS)}\n|{rule}|"
+    """The two heading lines of the table."""
+    return bench_output.table_header(_HEADINGS)
 
 
 def table_line(row: Row) -> str:
@@ -311,7 +295,7 @@ def table_line(row: Row) -> str:
     for peer in row.peers:
         ratio = row.ratio(peer.name)
         cells += [bench_output.number(peer.ms), "-" if ratio is None else f"{ratio:.1f}x"]
-    return _join([*cells, f"{row.error:.1e}", f"{row.torch_fft_error:.1e}"])
+    return bench_output.table_line(_HEADINGS, [*cells, f"{row.error:.1e}", f"{row.torch_fft_error:.1e}"])
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -322,11 +306,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
 def format_table(rows: Sequence[Row]) -> str:
     """The whole table with the reasons for what is missing."""
     return "\n".join([table_header(), *map(table_line, rows), *notes(rows)])
-
-
-def _join(cells: Sequence[str]) -> str:
-    padded = (f" {cell:>{width}} " for cell, width in zip(cells, _WIDTHS, strict=True))
-    return f"|{'|'.join(padded)}|"
 
 
 def plot(rows: Sequence[Row], path: str | Path, title: str | None = None) -> None:
@@ -346,6 +325,12 @@ def plot(rows: Sequence[Row], path: str | Path, title: str | None = None) -> Non
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench` to its parser."""
     parser.add_argument("--op", choices=["attention", "toeplitz"], default="attention", help="default: %(default)s")
+    parser.add_argument(
+        "--mode",
+        choices=["forward", "train"],
+        default="forward",
+        help="train: forward and backward, times and peak memory (default: %(default)s)",
+    )
     parser.add_argument("--target", choices=["x86"], default="x86", help="what to run on (default: %(default)s)")
     parser.add_argument(
         "--lengths",
@@ -353,6 +338,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(512, 1024, 2048, 4096, 8192, 16384),
         metavar="N,N,...",
         help="sequence lengths (default: 512,1024,2048,4096,8192,16384)",
+    )
+    parser.add_argument(
+        "--memory-lengths",
+        type=_lengths,
+        metavar="N,N,...",
+        help="with --mode train: where to measure peak memory (default: --lengths)",
     )
     parser.add_argument("--heads", type=_positive, default=4, help="heads, with a batch of 1 (default: %(default)s)")
     parser.add_argument("--features", type=_positive, default=32, help="random features m (default: %(default)s)")

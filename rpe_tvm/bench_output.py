@@ -26,6 +26,23 @@ def number(ms: float | None) -> str:
     return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
 
 
+def table_header(headings: Sequence[str]) -> str:
+    """The two heading lines of a table; Markdown, and aligned for the eye."""
+    rule = "|".join("-" * (width + 1) + ":" for width in _widths(headings))
+    return f"{table_line(headings, headings)}\n|{rule}|"
+
+
+def table_line(headings: Sequence[str], cells: Sequence[str]) -> str:
+    """One line of the table under `headings`."""
+    padded = (f" {cell:>{width}} " for cell, width in zip(cells, _widths(headings), strict=True))
+    return f"|{'|'.join(padded)}|"
+
+
+def _widths(headings: Sequence[str]) -> list[int]:
+    wide = {"algorithm": 16, "algorithms": 28}
+    return [wide.get(heading, max(len(heading), 7)) for heading in headings]
+
+
 def write_json(
     path: str | Path,
     benchmark: str,
@@ -54,8 +71,8 @@ def plot(series: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, ti
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    styles = zip("osD^v", ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"), strict=True)
-    for (label, points), (marker, colour) in zip(series.items(), styles, strict=False):
+    styles = list(zip("osD^v", ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"), strict=True))
+    for (label, points), (marker, colour) in zip(series.items(), styles[: len(series)], strict=True):
         if points:
             lengths, milliseconds = zip(*points, strict=True)
             width = 2.5 if label == "rpe_tvm" else 1.5

@@ -184,9 +184,8 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     threads = args.threads or torch.get_num_threads()
-    print(
-        f"{bench_machine.cpu_name()}; float32, {args.heads} heads, d={args.head_dim}, {threads} threads; medians of turns\n"
-    )
+    setting = f"float32, {args.heads} heads, d={args.head_dim}, {threads} threads"
+    print(f"{bench_machine.cpu_name()}; {setting}; medians of turns\n")
     try:
         rows = run(
             args.lengths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,43 @@ def skip_notes(n: int, peers: Sequence[PeerTime], titles: Mapping[str, str]) -> 
     return [f"n={n}: {titles[each.name]} skipped: {each.skipped}" for each in peers if each.skipped is not None]
 
 
+def check_sizes(lengths: Sequence[int], shortest: int, **sizes: int) -> None:
+    """Raise ValueError for a size below 1 or a length below `shortest`."""
+    named = [*((name, 1, size) for name, size in sizes.items()), *(("length", shortest, n) for n in lengths)]
+    for name, least, size in named:
+        if size < least:
+            raise ValueError(f"Invalid {name}: expected at least {least}, got {size}; pass a larger number")
+
+
+def rows_of(
+    lengths: Sequence[int],
+    threads: int | None,
+    measure: Callable[[int, Callable[[str], None]], T],
+    on_row: Callable[[T], None] | None,
+) -> list[T]:
+    """The rows that `measure` makes of each length, on so many torch threads, under a progress bar.
+
+    `measure` gets the length and a function that shows what it is doing; `on_row` each row as soon as it is there.
+    """
+    import torch
+    from tqdm import tqdm
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads or threads_before)
+    rows = []
+    try:
+        with tqdm(lengths, unit="length", file=sys.stderr, leave=False) as progress:
+            for n in progress:
+                progress.set_description(f"n={n}")
+                rows.append(measure(n, progress.set_postfix_str))
+                if on_row is not None:
+                    progress.clear()
+                    on_row(rows[-1])
+    finally:
+        torch.set_num_threads(threads_before)
+    return rows
+
+
 def take_turns(
     contestants: Mapping[str, Callable[[], T]], seconds: float, on_round: Callable[[int], None]
 ) -> tuple[dict[str, list[float]], T]:
@@ -92,7 +130,11 @@ def take_turns(
 
 def relative_error(output: torch.Tensor, rows: npt.NDArray[np.int64], expected: npt.NDArray[np.float64]) -> float:
     """RMS of the error of `output[:, :, rows]` over the RMS of `expected`; NaN where anything is NaN."""
-    got = output[:, :, rows.tolist()].double().numpy()
+    return rms_error(output[:, :, rows.tolist()].double().numpy(), expected)
+
+
+def rms_error(got: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> float:
+    """RMS of the error of `got` over the RMS of `expected`; NaN where anything is NaN."""
     return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
 
 
@@ -112,12 +154,12 @@ def check_peer(title: str, place: str, error: float) -> None:
         )
 
 
-def check_operator(place: str, error: float, torch_error: float) -> None:
+def check_operator(place: str, error: float, torch_error: float, ratio: float = ERROR_RATIO) -> None:
     """Raise WrongResultError unless the operator is nearly as exact as the same formula in torch, at `torch_error`."""
-    limit = ERROR_RATIO * torch_error + ERROR_FLOOR
+    limit = ratio * torch_error + ERROR_FLOOR
     if not error <= limit:  # a NaN fails, too
         raise WrongResultError(
             f"Wrong result of rpe_tvm at {place}: expected a relative error of at most {limit:.1e} against float64 "
-            f"({ERROR_RATIO:g} times torch's {torch_error:.1e}), got {error:.1e}; no speed is shown: run "
+            f"({ratio:g} times torch's {torch_error:.1e}), got {error:.1e}; no speed is shown: run "
             "`python -m rpe_tvm cache clear`, measure again, and report it if it comes back"
         )

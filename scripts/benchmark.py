@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py --threads 2
 
-Takes about half an hour on two cores; close other programs. Each benchmark prints its table and is a command of its own,
-printed in front of it. One that fails, such as for a wrong result, does not stop the others; its files stay as they were.
+Close other programs first. Each benchmark is a command of its own, printed in front of its table. One that fails, for a
+wrong result perhaps, does not stop the others; its files stay as they were.
 """
 
 from __future__ import annotations

@@ -1,24 +1,22 @@
 """The benchmark of Toeplitz products: `toeplitz_matmul` against torch.fft, `grid_toeplitz_matmul` against the matrix.
 
-As `rpe_tvm.bench`, which it takes its clockwork from: contestants are checked, then they take turns.
+As in `rpe_tvm.bench`, contestants are checked, then they take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rpe_tvm import bench
+from rpe_tvm import bench_machine, bench_output, bench_turns
 from rpe_tvm.errors import RpeTvmError
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ def _line(n: int, heads: int, head_dim: int, seconds: float) -> Row:
     generator = torch.Generator().manual_seed(n)
     weights = torch.randn(heads, 2 * n - 1, generator=generator)
     x = torch.randn(1, heads, n, head_dim, generator=generator)
-    positions = bench._sample_rows(n)
+    positions = bench_turns.sample_rows(n)
     index = np.arange(n) - positions[:, None] + n - 1
     expected = np.stack([w[index] @ v for w, v in zip(_float64(weights), _float64(x)[0], strict=True)])[None]
     contestants = {
@@ -138,7 +136,7 @@ def _grid(heads: int, head_dim: int, seconds: float) -> Row:
     row, column = torch.arange(height * width) // width, torch.arange(height * width) % width
     offsets = row - row[:, None] + height - 1, column - column[:, None] + width - 1
     matrix = weights[:, offsets[0], offsets[1]]
-    positions = bench._sample_rows(height * width)
+    positions = bench_turns.sample_rows(height * width)
     expected = (_float64(matrix[:, positions.tolist()]) @ _float64(x.flatten(2, 3))[0])[None]
     contestants = {
         "rpe_tvm": lambda: module.grid_toeplitz_matmul(weights, x).flatten(2, 3),
@@ -159,11 +157,11 @@ def _measure(
     seconds: float,
 ) -> Row:
     """Check the contestants, let them take turns, check the operator again."""
-    errors = {name: bench.relative_error(call(), positions, expected) for name, call in contestants.items()}
+    errors = {name: bench_turns.relative_error(call(), positions, expected) for name, call in contestants.items()}
     _check(size, errors)
-    times, output = bench.take_turns(contestants, seconds, lambda count: None)
+    times, output = bench_turns.take_turns(contestants, seconds, lambda count: None)
     # once more: a race between threads or a reused buffer need not show at the first call
-    _check(size, {**errors, "rpe_tvm": bench.relative_error(output, positions, expected)})
+    _check(size, {**errors, "rpe_tvm": bench_turns.relative_error(output, positions, expected)})
     return Row(
         size,
         {name: 1e3 * statistics.median(each) for name, each in times.items()},
@@ -176,15 +174,9 @@ def _measure(
 def _check(size: str, errors: Mapping[str, float]) -> None:
     """Raise WrongResultError unless the peers are right and the operator nearly as exact as the first of them."""
     own, *others = errors
-    limits = {own: bench.ERROR_RATIO * errors[others[0]] + bench.ERROR_FLOOR}
-    for name in (*others, own):  # the peers first: they are the operator's yardstick
-        limit = limits.get(name, bench.PEER_ERROR_LIMIT)
-        if not errors[name] <= limit:  # a NaN fails, too
-            raise bench.WrongResultError(
-                f"Wrong result of {name} at {size}: expected a relative error of at most {limit:.1e} against float64, "
-                f"got {errors[name]:.1e}; no speed is shown: run `python -m rpe_tvm cache clear`, measure again, and "
-                "report it if it comes back"
-            )
+    for name in others:  # the peers first: they are the operator's yardstick
+        bench_turns.check_peer(name, size, errors[name])
+    bench_turns.check_operator(size, errors[own], errors[others[0]])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -192,7 +184,8 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     threads = args.threads or torch.get_num_threads()
-    print(f"{bench.cpu_name()}; float32, {args.heads} heads, d={args.head_dim}, {threads} threads; medians of turns\n")
+    setting = f"float32, {args.heads} heads, d={args.head_dim}, {threads} threads"
+    print(f"{bench_machine.cpu_name()}; {setting}; medians of turns\n")
     try:
         rows = run(
             args.lengths,
@@ -206,19 +199,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.json is not None:
-        write_json(args.json, rows, args.heads, args.head_dim, threads)
+        settings = {"heads": args.heads, "head_dim": args.head_dim, "dtype": "float32"}
+        bench_output.write_json(args.json, "toeplitz", rows, settings, threads)
         print(f"measurement: {args.json}")
     return 0
-
-
-def write_json(path: Path, rows: Sequence[Row], heads: int, head_dim: int, threads: int) -> None:
-    """Write the measurement with its settings and environment; a file is complete or is not there."""
-    document = {
-        "format": 1,
-        "benchmark": "toeplitz",
-        **bench.environment(threads),
-        "settings": {"heads": heads, "head_dim": head_dim, "dtype": "float32"},
-        "rows": [row.to_json() for row in rows],
-    }
-    text = json.dumps(document, indent=2) + "\n"
-    bench._write_and_rename(path, lambda staged: staged.write_text(text, encoding="utf-8"))

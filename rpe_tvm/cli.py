@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import platform
 import shlex
 import sys
@@ -14,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import __version__, bench, bench_toeplitz
+from rpe_tvm import __version__, bench, bench_toeplitz, bench_train
 from rpe_tvm.errors import RpeTvmError
 
 
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     benchmark = commands.add_parser("bench", help="time the operator against its peers, on checked results")
     bench.add_arguments(benchmark)
-    benchmark.set_defaults(run=_bench)
+    benchmark.set_defaults(run=_bench, error=benchmark.error)
 
     cache = commands.add_parser("cache", help="look into the cache of compiled libraries")
     actions = cache.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -160,15 +161,29 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.mode != "train" and args.memory_lengths is not None:
+        args.error("argument --memory-lengths: expected --mode train, which measures memory, got --mode forward")
     if args.op == "toeplitz":
+        if args.mode == "train":
+            args.error("argument --mode: train expects --op attention, got --op toeplitz; leave one of them out")
         return bench_toeplitz.main(args)
+    if args.mode == "train":
+        return bench_train.main(args, functools.partial(_describe_training, args))
+    return bench.main(args, functools.partial(_describe, args))
 
-    def describe(n: int) -> str:
-        from rpe_tvm import torch
 
-        return torch.describe(n, args.features, args.head_dim)
+def _describe(args: argparse.Namespace, n: int) -> str:
+    from rpe_tvm import torch
 
-    return bench.main(args, describe)
+    return torch.describe(n, args.features, args.head_dim)
+
+
+def _describe_training(args: argparse.Namespace, n: int) -> str:
+    """Both algorithms, such as "direct 128x64, fft 8.8x8.4": those of forward and backward may differ."""
+    from rpe_tvm.torch import dispatch
+
+    backward = dispatch.get_backward(n, args.features, args.head_dim).config.description
+    return f"{_describe(args, n)}, {backward}"
 
 
 def _cache_path(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rpe_tvm import bench, reference
+from rpe_tvm import bench, bench_turns, reference
 from rpe_tvm.errors import RpeTvmError
 from rpe_tvm.torch import KernelizedAttention, describe
 
@@ -82,7 +82,7 @@ def run_and_check(length: int) -> None:
     rows = np.linspace(0, length - 1, CHECKED_ROWS).astype(np.int64)
     arrays = (x.detach().numpy() for x in (query, key, value, layer.rpe_bias, layer.projection))
     expected = reference.attention_rows(rows, *arrays)
-    error = bench.relative_error(output, rows, expected)
+    error = bench_turns.relative_error(output, rows, expected)
     print(f"Relative error of {len(rows)} rows against the float64 reference: {error:.1e}")
     if not error <= ERROR_LIMIT:  # a NaN fails, too
         sys.exit(f"error: expected at most {ERROR_LIMIT:.0e}. Please report it, with python -m rpe_tvm info")

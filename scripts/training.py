@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rpe_tvm.bench import environment
+from rpe_tvm.bench_machine import environment
 
 Loss = Callable[[nn.Module, int], Tensor]
 Evaluate = Callable[[nn.Module], dict[str, float]]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpe_tvm import bench, reference
+from rpe_tvm import bench, bench_machine, bench_output, bench_turns, reference
 
 torch = pytest.importorskip("torch")
 from rpe_tvm import peers  # noqa: E402  (needs torch)
@@ -36,7 +36,7 @@ def make_inputs(n_q, n_k, heads=2, batch=2, num_features=6, head_dim=8, seed=0):
 @pytest.fixture
 def operator(monkeypatch):
     """Puts a plain float32 operator in the place of rpe_tvm.torch; `spoil` changes its results."""
-    monkeypatch.setattr(bench, "TURN_SECONDS", 0.0)  # one call in a turn
+    monkeypatch.setattr(bench_turns, "TURN_SECONDS", 0.0)  # one call in a turn
     state = types.SimpleNamespace(spoil=lambda out, call: out, calls=0, threads=set())
 
     def kernelized_attention(query, key, value, rpe_bias, *, feature_map, is_causal=False):
@@ -68,7 +68,9 @@ def command(*arguments):
 def make_row(n=2048, ms=10.0, skipped=None):
     times = {"torch_fft": 400.0, "torch_fft_by_feature": 120.0, "sdpa": 8.0, "sdpa_bias": 25.0}
     listed = tuple(
-        bench.PeerTime(name, None, skipped) if skipped and name == "torch_fft" else bench.PeerTime(name, each)
+        bench_turns.PeerTime(name, None, skipped)
+        if skipped and name == "torch_fft"
+        else bench_turns.PeerTime(name, each)
         for name, each in times.items()
     )
     return bench.Row(n, "direct", ms, listed, error=2e-7, torch_fft_error=3e-7, rounds=7)
@@ -154,10 +156,10 @@ def test_run(operator, is_causal):
     assert [row.n for row in rows] == [1, 70, 33]
     assert [row.algorithm for row in rows] == ["n=1", "n=70", "n=33"]
     for row in rows:
-        assert row.ms > 0 and row.rounds == bench.MIN_ROUNDS
+        assert row.ms > 0 and row.rounds == bench_turns.MIN_ROUNDS
         assert [peer.name for peer in row.peers] == list(bench.PEERS)
         assert all(peer.ms > 0 and peer.skipped is None for peer in row.peers)
-        assert 0 < row.error <= 2 * row.torch_fft_error + bench.ERROR_FLOOR < 1e-3
+        assert 0 < row.error <= 2 * row.torch_fft_error + bench_turns.ERROR_FLOOR < 1e-3
     assert operator.threads == {1}
     assert torch.get_num_threads() == before
     assert bench.run([5], **SMALL)[0].algorithm == "-"
@@ -176,7 +178,7 @@ def test_run(operator, is_causal):
 )
 def test_a_wrong_result_has_no_speed(operator, spoil, capsys, tmp_path):
     operator.spoil = spoil
-    with pytest.raises(bench.WrongResultError, match="Wrong result of rpe_tvm at n=50: expected a relative"):
+    with pytest.raises(bench_turns.WrongResultError, match="Wrong result of rpe_tvm at n=50: expected a relative"):
         bench.run([50], **SMALL)
     operator.calls = 0
     assert command("--json", str(tmp_path / "out.json")) == 1
@@ -191,12 +193,12 @@ def test_a_wrong_peer_has_no_speed(operator, peer, monkeypatch):
     right = getattr(peers, peer)
     operator.spoil = lambda out, call: out.clone()
     monkeypatch.setattr(peers, peer, lambda *args, **kwargs: 1.05 * right(*args, **kwargs))
-    with pytest.raises(bench.WrongResultError, match="Wrong result of (torch.fft|SDPA)"):
+    with pytest.raises(bench_turns.WrongResultError, match="Wrong result of (torch.fft|SDPA)"):
         bench.run([50], **SMALL)
 
 
 def test_peers_without_room_are_skipped_and_say_so(operator, monkeypatch):
-    monkeypatch.setattr(bench, "free_bytes", lambda: 20_000)
+    monkeypatch.setattr(bench_machine, "free_bytes", lambda: 20_000)
     row = bench.run([100], **SMALL)[0]
     assert {peer.name for peer in row.peers if peer.ms is None} == {"torch_fft", "sdpa_bias"}
     assert row.ratio("sdpa_bias") is None and row.ratio("sdpa") > 0
@@ -210,13 +212,13 @@ def test_peers_without_room_are_skipped_and_say_so(operator, monkeypatch):
 def test_the_mask_counts_against_the_room_of_torch_fft(monkeypatch):
     inputs = bench._make_inputs(64, 2, 4, 8)
     mask_bytes, fft_bytes = 4 * 2 * 64 * 64, peers.torch_fft_bytes(1, 2, 64, 64, 4, 8)
-    enough = int((fft_bytes + mask_bytes) / bench.MEMORY_SHARE) + 2
+    enough = int((fft_bytes + mask_bytes) / bench_machine.MEMORY_SHARE) + 2
     assert not bench._peer_calls(inputs, False, enough)[1]
     assert set(bench._peer_calls(inputs, False, enough - mask_bytes)[1]) == {"torch_fft"}
 
 
 def test_free_memory_is_measured():
-    assert 2**20 < bench.free_bytes() < 2**50
+    assert 2**20 < bench_machine.free_bytes() < 2**50
 
 
 def test_contestants_take_turns():
@@ -230,13 +232,13 @@ def test_contestants_take_turns():
 
         return call
 
-    calls = {"a": contestant("a", bench.TURN_SECONDS), "b": contestant("b", bench.TURN_SECONDS / 8)}
-    times, output = bench.take_turns(calls, 0.0, lambda count: None)
+    calls = {"a": contestant("a", bench_turns.TURN_SECONDS), "b": contestant("b", bench_turns.TURN_SECONDS / 8)}
+    times, output = bench_turns.take_turns(calls, 0.0, lambda count: None)
     assert re.sub("b+", "b", "".join(order)) == "ab" * 3
     # A slow one is called once in a turn; a quick one often, and once more untimed when it is known to be quick.
     assert order.count("a") == len(times["a"]) == 3
     assert order.count("b") == len(times["b"]) + 2 > 6
-    assert min(times["a"]) >= bench.TURN_SECONDS > max(times["b"])
+    assert min(times["a"]) >= bench_turns.TURN_SECONDS > max(times["b"])
     assert output.shape == (1,)
 
 
@@ -250,10 +252,10 @@ def test_bad_sizes_are_refused(operator):
 
 def test_rows_are_sampled_from_the_whole_length():
     for n in (1, 2, 63, 64, 1000, 65536):
-        rows = bench._sample_rows(n)
-        assert rows[-1] == n - 1 and rows[0] <= n // bench.SAMPLED_ROWS
-        assert len(rows) == min(n, len(rows)) <= bench.SAMPLED_ROWS + 1
-        assert len(rows) >= min(n, bench.SAMPLED_ROWS)
+        rows = bench_turns.sample_rows(n)
+        assert rows[-1] == n - 1 and rows[0] <= n // bench_turns.SAMPLED_ROWS
+        assert len(rows) == min(n, len(rows)) <= bench_turns.SAMPLED_ROWS + 1
+        assert len(rows) >= min(n, bench_turns.SAMPLED_ROWS)
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -320,9 +322,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
     with pytest.raises(TypeError):
-        bench.write_json(path, [make_row()], {"not JSON": object()}, 1)
+        bench_output.write_json(path, "attention", [make_row()], {"not JSON": object()}, 1)
     with pytest.raises(OSError, match="disk full"):
-        bench._write_and_rename(path, lambda staged: (_ for _ in ()).throw(OSError("disk full")))
+        bench_output.write_and_rename(path, lambda staged: (_ for _ in ()).throw(OSError("disk full")))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -349,16 +351,16 @@ def test_arguments(capsys):
 
 
 def test_what_is_missing_is_said_at_once(operator, monkeypatch, capsys):
-    found = bench.importlib.util.find_spec
+    found = bench_machine.importlib.util.find_spec
     for name, arguments in (("torch", []), ("matplotlib", ["--plot", "x.png"])):
         monkeypatch.setattr(
-            bench.importlib.util,
+            bench_machine.importlib.util,
             "find_spec",
             lambda asked, name=name: None if asked == name else found(asked),
         )
         assert command(*arguments) == 1
         assert f"pip install {name}" in capsys.readouterr().err
-    monkeypatch.setattr(bench.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(bench_machine.platform, "machine", lambda: "aarch64")
     assert command() == 1
     assert "needs an x86-64 CPU, got aarch64" in capsys.readouterr().err
     assert operator.calls == 0

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from rpe_tvm import bench, bench_toeplitz, reference
+from rpe_tvm import bench_toeplitz, bench_turns, reference
 from rpe_tvm.cli import main
 
 torch = pytest.importorskip("torch")
@@ -21,7 +21,7 @@ PEERS = ["torch.fft", "torch.fft contiguous"]
 @pytest.fixture
 def operator(monkeypatch):
     """Plain operators; `spoil` changes the results of the first one."""
-    monkeypatch.setattr(bench, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(bench_turns, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(bench_toeplitz, "GRID", (3, 4))
     state = types.SimpleNamespace(spoil=lambda out, call: out, calls=0)
 
@@ -57,7 +57,7 @@ def test_rows(operator):
     assert rows == seen and [row.size for row in rows] == ["5", "100", "3x4"]
     for row in rows[:2]:
         assert list(row.ms) == list(row.errors) == ["rpe_tvm", *PEERS]
-        assert row.rounds == bench.MIN_ROUNDS and all(error < 1e-6 for error in row.errors.values())
+        assert row.rounds == bench_turns.MIN_ROUNDS and all(error < 1e-6 for error in row.errors.values())
         assert all(0 < row.min_ms[name] <= row.ms[name] for name in row.ms)
         assert row.ratio("torch.fft") == row.ms["torch.fft"] / row.ms["rpe_tvm"]
     assert list(rows[2].ms) == ["rpe_tvm", "dense matrix"]
@@ -82,7 +82,7 @@ def test_a_wrong_result_has_no_speed(operator, spoil, capsys):
 
 def test_a_wrong_peer_has_no_speed(operator, monkeypatch):
     monkeypatch.setattr(peers, "torch_fft_toeplitz", lambda weights, x: torch.zeros_like(x))
-    with pytest.raises(bench.WrongResultError, match=r"Wrong result of torch\.fft at 5"):
+    with pytest.raises(bench_turns.WrongResultError, match=r"Wrong result of torch\.fft at 5"):
         bench_toeplitz.run([5], heads=2, head_dim=3, threads=1, seconds=0)
 
 

@@ -27,9 +27,19 @@ BELOW = {
     "tune": {"errors", "plan", "te", "schedules", "targets", "build", "runtime", "reference"},
     "torch": {"errors", "plan", "runtime"},
     "peers": {"errors", "reference"},
-    "bench": {"errors", "reference"},
-    "bench_toeplitz": {"errors", "bench"},
-    "cli": {"errors", "bench", "bench_toeplitz"},
+    "bench_turns": {"errors"},
+    "bench_machine": set(),
+    "bench_output": {"bench_machine"},
+    "bench": {"errors", "reference", "bench_turns", "bench_machine", "bench_output"},
+    "bench_toeplitz": {"errors", "bench_turns", "bench_machine", "bench_output"},
+    "bench_train_steps": set(),
+    "bench_train_reference": {"errors", "reference", "bench_machine", "bench_train_steps"},
+    "bench_train_memory": {"errors", "bench_machine", "bench_train_steps"},
+    "bench_train": {
+        *("errors", "bench_turns", "bench_machine", "bench_output"),
+        *("bench_train_steps", "bench_train_reference", "bench_train_memory"),
+    },
+    "cli": {"errors", "bench", "bench_toeplitz", "bench_train"},
     "__main__": {"cli"},
 }
 # Layer -> what a function may import besides, when it runs: compiling on demand, and the commands of the
@@ -39,14 +49,20 @@ ON_DEMAND = {
     "torch": {"build", "targets"},
     "bench": {"peers", "torch"},
     "bench_toeplitz": {"peers", "torch"},
+    "bench_train_steps": {"peers", "torch"},
+    "bench_train_reference": {"peers"},
     "cli": {"build", "plan", "targets", "torch", "tune"},
+}
+BENCHMARKS = {
+    *("bench", "bench_toeplitz", "bench_turns"),
+    *("bench_train", "bench_train_steps", "bench_train_reference", "bench_train_memory"),
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {
     "tvm": ({"te", "schedules", "build", "tune"}, {"targets"}),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"targets"}),
-    "torch": ({"torch", "peers"}, {"bench", "bench_toeplitz"}),
-    "matplotlib": (set(), {"bench"}),
+    "torch": ({"torch", "peers"}, BENCHMARKS),
+    "matplotlib": (set(), {"bench_output"}),
     "xgboost": (set(), {"tune"}),
 }
 

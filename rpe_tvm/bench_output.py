@@ -1,0 +1,100 @@
+"""What the benchmarks write: numbers in tables, JSON files, plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rpe_tvm import bench_machine
+
+
+class Row(Protocol):
+    """A row of any benchmark."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON values."""
+
+
+def number(ms: float | None) -> str:
+    """Milliseconds to three digits, "-" where there are none."""
+    if ms is None:
+        return "-"
+    return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+
+
+def table_header(headings: Sequence[str]) -> str:
+    """The two heading lines of a table; Markdown, and aligned for the eye."""
+    rule = "|".join("-" * (width + 1) + ":" for width in _widths(headings))
+    return f"{table_line(headings, headings)}\n|{rule}|"
+
+
+def table_line(headings: Sequence[str], cells: Sequence[str]) -> str:
+    """One line of the table under `headings`."""
+    padded = (f" {cell:>{width}} " for cell, width in zip(cells, _widths(headings), strict=True))
+    return f"|{'|'.join(padded)}|"
+
+
+def _widths(headings: Sequence[str]) -> list[int]:
+    wide = {"algorithm": 16, "algorithms": 28}
+    return [wide.get(heading, max(len(heading), 7)) for heading in headings]
+
+
+def write_json(
+    path: str | Path,
+    benchmark: str,
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    threads: int,
+    **more: Any,
+) -> None:
+    """Write the measurement with its settings and environment; a file is complete or is not there."""
+    document = {
+        "format": 1,
+        "benchmark": benchmark,
+        **bench_machine.environment(threads),
+        "settings": dict(settings),
+        "rows": [row.to_json() for row in rows],
+        **more,
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    write_and_rename(Path(path), lambda staged: staged.write_text(text, encoding="utf-8"))
+
+
+def plot(series: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, title: str, ylabel: str) -> None:
+    """Draw milliseconds over length, both logarithmic; of up to five series by label, the operator's is the first."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    styles = list(zip("osD^v", ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"), strict=True))
+    for (label, points), (marker, colour) in zip(series.items(), styles[: len(series)], strict=True):
+        if points:
+            lengths, milliseconds = zip(*points, strict=True)
+            width = 2.5 if label == "rpe_tvm" else 1.5
+            axes.plot(lengths, milliseconds, marker=marker, color=colour, linewidth=width, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({n for points in series.values() for n, _ in points}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("sequence length n")
+    axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.grid(True, which="major", color="#dddddd")
+    axes.legend(frameon=False)
+    write_and_rename(Path(path), lambda staged: figure.savefig(staged, dpi=150))
+
+
+def write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as staging:
+        staged = Path(staging) / path.name
+        write(staged)
+        os.replace(staged, path)

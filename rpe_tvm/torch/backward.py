@@ -7,7 +7,6 @@ Nothing of size n m d or n n is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -17,8 +16,7 @@ from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import frequencies, weight_table_shape
 from rpe_tvm.runtime import Instance
-from rpe_tvm.runtime.operator import scratch
-from rpe_tvm.torch.layouts import pack_positions, unpack_features
+from rpe_tvm.torch.layouts import pack_positions, scratch_tensor, unpack_features
 
 
 class Gradients(NamedTuple):
@@ -57,38 +55,36 @@ def attention_backward(
     config, functions, tables = cast(BackwardConfig, instance.config), instance.functions, instance.tables
     batch, heads, n_q, _ = out.shape
     n_k = value.shape[2]
-    spectra = _scratch("spectra", (2, *weight_table_shape(config, heads, n_q, n_k)))
+    spectra = scratch_tensor("spectra", (2, *weight_table_shape(config, heads, n_q, n_k)))
     functions["weights"](rpe_bias, n_q, n_k, int(is_causal), tables, spectra[0])
     torch.mul(spectra[0], torch.tensor([1.0, -1.0]), out=spectra[1])
 
     split = split_of(config)
     groups = -(-config.num_features // (2 * config.lanes))
-    denominators = _scratch("denominators", (batch, heads, groups, split.n2, split.q, split.s))
+    denominators = scratch_tensor("denominators", (batch, heads, groups, split.n2, split.q, split.s))
     functions["denominator"](phi[0], phi[1], spectra[0], tables, denominators)
     denominator = unpack_features(config, denominators.sum(2, keepdim=True), n_q)
-    grad = torch.where(denominator == 0, 0.0, grad_out / denominator)
+    inverse = torch.where(denominator == 0, 0.0, 1.0 / denominator)
+    grad = torch.mul(grad_out, inverse, out=scratch_tensor("grad", out.shape))
 
     # numerators
     radix = config.inner[-1]
     spectrum_shape = (split.n1, split.n2 // radix, radix, 2)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     sums = (batch, heads, config.parts, 2, config.num_features, split.n2, split.q, split.s)
-    grad_phi = _scratch("grad_phi", sums)
-    correlation = _scratch("correlation", (batch, heads, config.parts, 2, *spectrum_shape))
+    grad_phi = scratch_tensor("grad_phi", sums)
+    correlation = scratch_tensor("correlation", (batch, heads, config.parts, 2, *spectrum_shape))
     functions["backward"](phi, value, grad, spectra, tables, grad_phi, correlation, grad_value)
     correlations = correlation.sum((0, 2))
 
     # denominators
-    weight = pack_positions(config, (grad * out).sum(-1).neg_())
-    total = _scratch("total", phi.shape)
-    of_denominator = _scratch("correlation", (batch, heads, groups, 2, *spectrum_shape))
+    products = torch.mul(grad, out, out=scratch_tensor("products", out.shape))
+    weight = pack_positions(config, products.sum(-1).neg_())
+    total = scratch_tensor("total", phi.shape)
+    of_denominator = scratch_tensor("correlation", (batch, heads, groups, 2, *spectrum_shape))
     functions["denominator_backward"](phi, weight, grad_phi, spectra, tables, total, of_denominator)
     correlations += of_denominator.sum((0, 2))
     return Gradients(total, grad_value, _bias_gradient(config, correlations, rpe_bias, n_q, n_k, is_causal))
-
-
-def _scratch(name: str, shape: Sequence[int]) -> Tensor:
-    return torch.from_numpy(scratch(f"backward {name}", shape))
 
 
 def _bias_gradient(
@@ -115,8 +111,8 @@ def _bias_gradient(
 
 
 def feature_map_gradients(
-    feature_map: str, x: Tensor, projection: Tensor, grad_exponent: Tensor
-) -> tuple[Tensor, Tensor]:
+    feature_map: str, x: Tensor, projection: Tensor, grad_exponent: Tensor, of_projection: bool
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of PRF's or NPRF's argument and projection from that of the exponent W x' (- |x'|^2 / 2).
 
     Parameters
@@ -129,21 +125,25 @@ def feature_map_gradients(
         W, ``[m, d]``.
     grad_exponent : Tensor
         ``[B, H, n, m]``.
+    of_projection : bool
+        Whether the projection's gradient is wanted.
 
     Returns
     -------
     grad_x, grad_projection : Tensor
-        ``[B, H, n, d]`` and ``[m, d]``, contiguous.
+        ``[B, H, n, d]`` and ``[m, d]`` or None, contiguous.
     """
     along = grad_exponent @ projection
+    scaled = scratch_tensor("scaled", x.shape)
     if feature_map == "nprf":
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = torch.where(norm == 0, 0.0, 1.0 / norm)
-        scaled = x * inverse
-        grad_x = (along - scaled * (scaled * along).sum(-1, keepdim=True)) * inverse
+        scaled = torch.mul(x, inverse, out=scaled)
+        products = torch.mul(scaled, along, out=scratch_tensor("products", x.shape))
+        grad_x = along.addcmul_(scaled, products.sum(-1, keepdim=True), value=-1.0).mul_(inverse)
     else:
         inverse = projection.shape[1] ** -0.25
-        scaled = x * inverse
-        grad_x = (along - scaled * grad_exponent.sum(-1, keepdim=True)) * inverse
-    grad_projection = grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2)
-    return grad_x.contiguous(), grad_projection
+        scaled = torch.mul(x, inverse, out=scaled)
+        grad_x = along.addcmul_(scaled, grad_exponent.sum(-1, keepdim=True), value=-1.0).mul_(inverse)
+    grad_projection = grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2) if of_projection else None
+    return grad_x, grad_projection

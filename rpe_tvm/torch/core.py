@@ -11,7 +11,7 @@ from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.plan.twiddles import weight_table_shape
 from rpe_tvm.torch.backward import attention_backward
 from rpe_tvm.torch.dispatch import get_backward, get_operator
-from rpe_tvm.torch.layouts import empty_features, pack_features, unpack_features
+from rpe_tvm.torch.layouts import feature_memory, pack_features, scratch_tensor, unpack_features
 
 torch.library.define(
     "rpe_tvm::toeplitz_attention",
@@ -126,10 +126,10 @@ def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_c
         return out, torch.ones(batch, heads, n_q, 1, dtype=torch.bool)
     instance = get_operator(max(n_q, n_k), m, d)
     config, functions, tables = instance.config, instance.functions, instance.tables
-    phi = empty_features(config, batch, heads, n_q, n_k)
+    phi = feature_memory(config, batch, heads, n_q, n_k)
     pack_features(config, phi_q, phi[0])
     pack_features(config, phi_k, phi[1])
-    table = torch.empty(weight_table_shape(config, heads, n_q, n_k))
+    table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias.contiguous(), n_q, n_k, int(is_causal), tables, table)
     functions["attention"](phi[0], phi[1], _last_axis_contiguous(value), table, tables, out)
     sees_none = _sees_none(phi_q, phi_k, is_causal)
@@ -155,7 +155,7 @@ def _backward(
     if out.numel() == 0 or n_k == 0:
         return tuple(torch.zeros(x.shape) for x in (phi_q, phi_k, value, rpe_bias))
     instance = get_backward(max(n_q, n_k), m, d)
-    phi = empty_features(instance.config, batch, heads, n_q, n_k)
+    phi = feature_memory(instance.config, batch, heads, n_q, n_k)
     pack_features(instance.config, phi_q, phi[0])
     pack_features(instance.config, phi_k, phi[1])
     found = attention_backward(

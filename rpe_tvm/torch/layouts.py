@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import feature_shape
+from rpe_tvm.runtime.operator import scratch
 
 
 def pack_features(config: AttentionConfig, phi: Tensor, out: Tensor) -> None:
@@ -26,12 +29,19 @@ def pack_features(config: AttentionConfig, phi: Tensor, out: Tensor) -> None:
     out.view(batch, heads, m, split.n2, split.q, split.s).copy_(natural.permute(0, 1, 5, 4, 3, 2))
 
 
-def unpack_features(config: AttentionConfig, buffer: Tensor, n: int) -> Tensor:
-    """Return the features `[B, H, n, m]` of a buffer of `fft`, `[B, H, m, N2, N1]`."""
+def unpack_features(config: AttentionConfig, buffer: Tensor, n: int, out: Tensor | None = None) -> Tensor:
+    """Return the features `[B, H, n, m]` of a buffer of `fft`, `[B, H, m, N2, N1]`.
+
+    `out`, if given, is memory `[B, H, P, m]` that they are written to.
+    """
     batch, heads, m = buffer.shape[:3]
     split = split_of(config)
     columns = buffer.reshape(batch, heads, m, split.n2, split.q, split.s)
-    return columns.permute(0, 1, 5, 4, 3, 2).reshape(batch, heads, config.length, m)[:, :, :n]
+    natural = columns.permute(0, 1, 5, 4, 3, 2)
+    if out is None:
+        out = torch.empty(batch, heads, config.length, m)
+    out.view(natural.shape).copy_(natural)
+    return out[:, :, :n]
 
 
 def pack_positions(config: AttentionConfig, x: Tensor) -> Tensor:
@@ -41,6 +51,11 @@ def pack_positions(config: AttentionConfig, x: Tensor) -> Tensor:
     return packed[:, :, 0]
 
 
-def empty_features(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> Tensor:
-    """Return a pair of uninitialised feature buffers, of queries and keys: `[2, B, H, m, rows, columns]`."""
-    return torch.empty(2, *feature_shape(config, batch, heads, n_query, n_key))
+def feature_memory(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> Tensor:
+    """Return memory for the features of queries and keys, `[2, B, H, m, rows, columns]`, as `scratch_tensor` does."""
+    return scratch_tensor("phi", (2, *feature_shape(config, batch, heads, n_query, n_key)))
+
+
+def scratch_tensor(name: str, shape: Sequence[int]) -> Tensor:
+    """Memory of this thread, valid until its next call with this name: fresh memory costs more than what fills it."""
+    return torch.from_numpy(scratch(f"torch {name}", shape))

@@ -11,7 +11,7 @@ from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
 from rpe_tvm.torch.backward import attention_backward, feature_map_gradients
 from rpe_tvm.torch.dispatch import get_backward, get_operator
-from rpe_tvm.torch.layouts import empty_features, unpack_features
+from rpe_tvm.torch.layouts import feature_memory, scratch_tensor, unpack_features
 from rpe_tvm.torch.projection import check_feature_map
 
 torch.library.define(
@@ -23,7 +23,7 @@ torch.library.define(
 torch.library.define(
     "rpe_tvm::kernelized_attention_backward",
     "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor rpe_bias, Tensor projection, Tensor out, "
-    "str feature_map, bool is_causal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str feature_map, bool is_causal, bool of_projection) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -153,6 +153,7 @@ def _kernelized_attention_backward(
     out: Tensor,
     feature_map: str,
     is_causal: bool,
+    of_projection: bool,
 ) -> tuple[Tensor, ...]:
     n_q, n_k = query.shape[2], key.shape[2]
     if out.numel() == 0 or n_k == 0:
@@ -160,7 +161,7 @@ def _kernelized_attention_backward(
     instance = get_backward(max(n_q, n_k), projection.shape[0], query.shape[3])
     projection = projection.contiguous()
     inputs = [_last_axis_contiguous(x) for x in (query, key)]
-    phi = empty_features(instance.config, query.shape[0], query.shape[1], n_q, n_k)
+    phi = feature_memory(instance.config, query.shape[0], query.shape[1], n_q, n_k)
     for x, features in zip(inputs, phi, strict=True):
         instance.functions[f"features_{feature_map}"](x, projection, features)
     found = attention_backward(
@@ -170,10 +171,12 @@ def _kernelized_attention_backward(
     grad_projection = torch.zeros_like(projection)
     grads = []
     for x, grad_exponent in zip(inputs, grad_exponents, strict=True):
-        natural = unpack_features(instance.config, grad_exponent, x.shape[2])
-        grad_x, part = feature_map_gradients(feature_map, x, projection, natural)
+        memory = scratch_tensor("exponent", (*x.shape[:2], instance.config.length, projection.shape[0]))
+        natural = unpack_features(instance.config, grad_exponent, x.shape[2], memory)
+        grad_x, part = feature_map_gradients(feature_map, x, projection, natural, of_projection)
         grads.append(grad_x)
-        grad_projection += part
+        if part is not None:
+            grad_projection += part
     return *grads, found.value, found.rpe_bias, grad_projection
 
 
@@ -187,6 +190,7 @@ def _kernelized_attention_backward_fake(
     out: Tensor,
     feature_map: str,
     is_causal: bool,
+    of_projection: bool,
 ) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (query, key, value, rpe_bias, projection))
 
@@ -198,7 +202,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.rpe_tvm.kernelized_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.feature_map, ctx.is_causal
+        grad_out, *ctx.saved_tensors, ctx.feature_map, ctx.is_causal, ctx.needs_input_grad[4]
     )
     return (*grads, None, None)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.plan.twiddles import weight_table_shape
-from rpe_tvm.torch.backward import attention_backward
+from rpe_tvm.torch.backward import attention_backward, refuse_second_gradients
 from rpe_tvm.torch.dispatch import get_backward, get_operator
 from rpe_tvm.torch.layouts import empty_features, pack_features, unpack_features
 
@@ -209,3 +209,4 @@ torch.library.impl("rpe_tvm::toeplitz_attention_backward", "CompositeExplicitAut
 torch.library.register_fake("rpe_tvm::toeplitz_attention", _fake_forward)
 torch.library.register_fake("rpe_tvm::toeplitz_attention_backward", _fake_backward)
 torch.library.register_autograd("rpe_tvm::toeplitz_attention", _gradients, setup_context=_setup_context)
+torch.library.register_autograd("rpe_tvm::toeplitz_attention_backward", refuse_second_gradients)

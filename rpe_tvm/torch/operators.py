@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
-from rpe_tvm.torch.backward import attention_backward, feature_map_gradients
+from rpe_tvm.torch.backward import attention_backward, feature_map_gradients, refuse_second_gradients
 from rpe_tvm.torch.dispatch import get_backward, get_operator
 from rpe_tvm.torch.layouts import empty_features, unpack_features
 from rpe_tvm.torch.projection import check_feature_map
@@ -212,3 +212,4 @@ torch.library.impl(
 torch.library.register_fake("rpe_tvm::kernelized_attention", _kernelized_attention_fake)
 torch.library.register_fake("rpe_tvm::kernelized_attention_backward", _kernelized_attention_backward_fake)
 torch.library.register_autograd("rpe_tvm::kernelized_attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("rpe_tvm::kernelized_attention_backward", refuse_second_gradients)

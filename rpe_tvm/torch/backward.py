@@ -18,7 +18,7 @@ from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import frequencies, weight_table_shape
 from rpe_tvm.runtime import Instance
 from rpe_tvm.runtime.operator import scratch
-from rpe_tvm.torch.layouts import pack_positions, unpack_features
+from rpe_tvm.torch.layouts import last_axis_contiguous, pack_positions, unpack_features
 
 
 class Gradients(NamedTuple):
@@ -65,7 +65,7 @@ def attention_backward(
     denominators = _scratch("denominators", (batch, heads, groups, split.n2, split.q, split.s))
     functions["denominator"](phi[0], phi[1], spectrum, tables, denominators)
     denominator = unpack_features(config, denominators.sum(2, keepdim=True), n_q)
-    grad = torch.where(denominator == 0, 0.0, grad_out / denominator)
+    grad = last_axis_contiguous(torch.where(denominator == 0, 0.0, grad_out / denominator))  # laid out as grad_out
 
     # numerators
     radix = config.inner[-1]

@@ -11,7 +11,7 @@ from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.plan.twiddles import weight_table_shape
 from rpe_tvm.torch.backward import attention_backward, refuse_second_gradients
 from rpe_tvm.torch.dispatch import get_backward, get_operator
-from rpe_tvm.torch.layouts import empty_features, pack_features, unpack_features
+from rpe_tvm.torch.layouts import empty_features, last_axis_contiguous, pack_features, unpack_features
 
 torch.library.define(
     "rpe_tvm::toeplitz_attention",
@@ -113,10 +113,6 @@ def _is_zero_over_zero(out: Tensor, phi_q: Tensor, phi_k: Tensor, value: Tensor)
     return out.isnan().all(-1, keepdim=True) & finite & phi_q.isfinite().all(-1, keepdim=True)
 
 
-def _last_axis_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     _check(phi_q, phi_k, value, rpe_bias)
     batch, heads, n_q, m = phi_q.shape
@@ -131,7 +127,7 @@ def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_c
     pack_features(config, phi_k, phi[1])
     table = torch.empty(weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias.contiguous(), n_q, n_k, int(is_causal), tables, table)
-    functions["attention"](phi[0], phi[1], _last_axis_contiguous(value), table, tables, out)
+    functions["attention"](phi[0], phi[1], last_axis_contiguous(value), table, tables, out)
     sees_none = _sees_none(phi_q, phi_k, is_causal)
     out.masked_fill_(sees_none, 0.0)
     if out.isnan().any():
@@ -163,7 +159,7 @@ def _backward(
         grad_out.masked_fill(sees_none, 0.0),
         out,
         phi,
-        _last_axis_contiguous(value),
+        last_axis_contiguous(value),
         rpe_bias.contiguous(),
         is_causal,
     )

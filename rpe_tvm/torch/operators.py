@@ -11,7 +11,7 @@ from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
 from rpe_tvm.torch.backward import attention_backward, feature_map_gradients, refuse_second_gradients
 from rpe_tvm.torch.dispatch import get_backward, get_operator
-from rpe_tvm.torch.layouts import empty_features, unpack_features
+from rpe_tvm.torch.layouts import empty_features, last_axis_contiguous, unpack_features
 from rpe_tvm.torch.projection import check_feature_map
 
 torch.library.define(
@@ -94,11 +94,6 @@ def _empty_output(query: Tensor) -> Tensor:
     return out.permute([*(order.index(axis) for axis in range(3)), 3])
 
 
-def _last_axis_contiguous(x: Tensor) -> Tensor:
-    # Not .contiguous(): on an axis of size 1 that would keep any stride.
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
 def _kernelized_attention(
     query: Tensor,
     key: Tensor,
@@ -118,9 +113,9 @@ def _kernelized_attention(
         instance.functions,
         instance.config,
         instance.tables,
-        _last_axis_contiguous(query),
-        _last_axis_contiguous(key),
-        _last_axis_contiguous(value),
+        last_axis_contiguous(query),
+        last_axis_contiguous(key),
+        last_axis_contiguous(value),
         rpe_bias.contiguous(),
         projection.contiguous(),
         out,
@@ -159,12 +154,12 @@ def _kernelized_attention_backward(
         return tuple(torch.zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
     instance = get_backward(max(n_q, n_k), projection.shape[0], query.shape[3])
     projection = projection.contiguous()
-    inputs = [_last_axis_contiguous(x) for x in (query, key)]
+    inputs = [last_axis_contiguous(x) for x in (query, key)]
     phi = empty_features(instance.config, query.shape[0], query.shape[1], n_q, n_k)
     for x, features in zip(inputs, phi, strict=True):
         instance.functions[f"features_{feature_map}"](x, projection, features)
     found = attention_backward(
-        instance, grad_out, out, phi, _last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
+        instance, grad_out, out, phi, last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
     )
     grad_exponents = found.phi.mul_(phi)  # phi is an exponential
     grad_projection = torch.zeros_like(projection)

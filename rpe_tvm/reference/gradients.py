@@ -81,9 +81,9 @@ def attention_gradients(
 def core_gradients(
     grad_out: Array, phi_q: Array, phi_k: Array, value: Array, rpe_bias: Array, is_causal: bool = False
 ) -> CoreGradients:
-    """Gradients of attention on ready features, `[B, H, n_q, m]` and `[B, H, n_k, m]`; the rest as `attention_gradients`.
+    """Gradients of attention on ready features, `[B, H, n_q, m]` and `[B, H, n_k, m]`.
 
-    A row whose denominator is 0 is 0, and passes no gradient.
+    The other arguments are those of `attention_gradients`. A row whose denominator is 0 is 0, and passes no gradient.
     """
     (heads, n_q), n_k = phi_q.shape[1:3], phi_k.shape[2]
     toeplitz = toeplitz_matrix(weights(rpe_bias, n_q, is_causal), n_q, n_k)

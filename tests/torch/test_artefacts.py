@@ -22,6 +22,13 @@ class NoTVM(importlib.abc.MetaPathFinder):
         if name == "tvm" or name.startswith("tvm."):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, NoTVM())
+from importlib import metadata
+version = metadata.version
+def version_without_tvm(name):
+    if name == "apache-tvm":
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+metadata.version = version_without_tvm
 """
 
 

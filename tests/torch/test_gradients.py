@@ -80,8 +80,9 @@ def relative_errors(name, got, want):
 def check(draws, feature_map, is_causal, names=NAMES):
     """Medians of errors over draws and heads, ours against torch.fft's.
 
-    Medians, because causal PRF has draws with rows of tiny weights, whose digits both lose by FFT, and one such draw is
-    all that a mean over draws sees.
+    Medians, because under PRF single draws scatter: of a row with tiny weights both lose digits by FFT, and such a draw
+    is all that a mean over draws sees. So this bounds typical errors, not those of the worst draw, where ours can be
+    several times the peer's (n = 2, PRF, rpe_bias).
     """
     ours, peers = ({name: [] for name in names} for _ in range(2))
     for args, grad_out in draws:

@@ -45,7 +45,10 @@ def _parser() -> argparse.ArgumentParser:
 
     compiling = commands.add_parser("compile", help="compile operators into a directory to ship")
     compiling.add_argument(
-        "--op", choices=["attention", "toeplitz"], default="attention", help="operator (default: %(default)s)"
+        "--op",
+        choices=["attention", "backward", "toeplitz"],
+        default="attention",
+        help="operator; backward: the gradients of attention, for training (default: %(default)s)",
     )
     compiling.add_argument("--features", type=_positive, default=32, metavar="M", help="default: %(default)s")
     compiling.add_argument("--head-dim", type=_positive, default=64, metavar="D", help="default: %(default)s")
@@ -138,13 +141,15 @@ def _info(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     from rpe_tvm import build, targets
     from rpe_tvm.build import manifest
-    from rpe_tvm.plan import toeplitz, wisdom
+    from rpe_tvm.plan import backward, toeplitz, wisdom
 
     target = targets.preset(args.target)
 
     def choose(n: int) -> Any:
         if args.op == "toeplitz":
             return toeplitz.choose(target.id, n, args.head_dim, target.lanes)
+        if args.op == "backward":
+            return backward.choose(target.id, n, args.features, args.head_dim, target.lanes)
         return wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes)
 
     configs = [choose(n) for n in args.lengths]

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from rpe_tvm import __version__, bench, cli
+from rpe_tvm import build as package
 from rpe_tvm.build import cache, manifest
 from rpe_tvm.build import compile as build
 from rpe_tvm.errors import TuningError
-from rpe_tvm.plan import wisdom
+from rpe_tvm.plan import backward, toeplitz, wisdom
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.runtime import load
 
@@ -85,6 +86,26 @@ def test_compile(naive_operators: list[Any], tmp_path: Path, capsys: pytest.Capt
     x = np.ones((1, 1, 64, 8), np.float32)
     out = load(tmp_path / "out")(x, x, x, np.zeros((1, 127), np.float32), np.ones((3, 8), np.float32))
     np.testing.assert_allclose(out, x, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "plan"), [("backward", backward), ("toeplitz", toeplitz)])
+def test_compile_other_operators(
+    op: str, plan: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def export(config: Any, target: Any, out: Path) -> Path:
+        asked.append((config, target.id, out))
+        return out
+
+    monkeypatch.setattr(package, "export", export)
+    monkeypatch.setattr(manifest, "read", lambda path: {"library": {"bytes": 1}, "schedule": {"source": "default"}})
+    command = f"compile --op {op} --features 3 --head-dim 8 --lengths 50,200 --target haswell --out"
+    assert cli.main([*command.split(), str(tmp_path)]) == 0
+    sizes = (8, 8) if op == "toeplitz" else (3, 8, 8)
+    wanted = [plan.choose("x86_64-haswell", n, *sizes) for n in (50, 200)]
+    assert asked == [(config, "x86_64-haswell", tmp_path) for config in wanted]
+    assert [config.op for config in wanted] == [op, op] and len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_compile_errors_are_one_message(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rpe_tvm.reference.attention import attention, checked, features_of, weights
+from rpe_tvm.reference.attention import checked, features_of, weights
 from rpe_tvm.reference.feature_maps import nprf, prf
 from rpe_tvm.reference.toeplitz import Array, as_float64, check_shape, toeplitz_matrix
 
@@ -20,6 +20,15 @@ class Gradients(NamedTuple):
     value: Array
     rpe_bias: Array
     projection: Array
+
+
+class CoreGradients(NamedTuple):
+    """The same where features are the arguments."""
+
+    phi_q: Array
+    phi_k: Array
+    value: Array
+    rpe_bias: Array
 
 
 def attention_gradients(
@@ -55,27 +64,44 @@ def attention_gradients(
     -----
     Luo et al. 2021 (arXiv 2106.12566), Eq. 10, differentiated.
     """
-    _, den, out = attention(query, key, value, rpe_bias, projection, feature_map, is_causal)
     query, key, value, rpe_bias = checked(query, key, value, rpe_bias)
     projection = as_float64("projection", projection)
     grad_out = as_float64("grad_out", grad_out)
-    check_shape("grad_out", grad_out, out.shape, "it is the gradient of attention's out")
-    (heads, n_q), n_k = query.shape[1:3], key.shape[2]
-    if n_k == 0:
+    shape = (*query.shape[:3], value.shape[3])
+    check_shape("grad_out", grad_out, shape, "it is the gradient of attention's out")
+    if key.shape[2] == 0:
         return Gradients(*(np.zeros_like(each) for each in (query, key, value, rpe_bias, projection)))
     phi_q, phi_k = features_of(query, key, projection, feature_map)
+    of_core = core_gradients(grad_out, phi_q, phi_k, value, rpe_bias, is_causal)
+    grad_query, from_query = _feature_gradients(of_core.phi_q, query, projection, feature_map)
+    grad_key, from_key = _feature_gradients(of_core.phi_k, key, projection, feature_map)
+    return Gradients(grad_query, grad_key, of_core.value, of_core.rpe_bias, from_query + from_key)
+
+
+def core_gradients(
+    grad_out: Array, phi_q: Array, phi_k: Array, value: Array, rpe_bias: Array, is_causal: bool = False
+) -> CoreGradients:
+    """Gradients of attention on ready features, `[B, H, n_q, m]` and `[B, H, n_k, m]`.
+
+    The other arguments are those of `attention_gradients`. A row whose denominator is 0 is 0, and passes no gradient.
+    """
+    (heads, n_q), n_k = phi_q.shape[1:3], phi_k.shape[2]
     toeplitz = toeplitz_matrix(weights(rpe_bias, n_q, is_causal), n_q, n_k)
     scores = (phi_q @ phi_k.swapaxes(-1, -2)) * toeplitz
-    scaled = grad_out / den[..., None]
+    den = np.sum(scores, axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = np.where(den == 0.0, 0.0, grad_out / den)
+        out = np.where(den == 0.0, 0.0, scores @ value / den)
     grad_scores = scaled @ value.swapaxes(-1, -2) - np.sum(scaled * out, axis=-1, keepdims=True)
-    grad_value = scores.swapaxes(-1, -2) @ scaled
-    grad_query, from_query = _feature_gradients(grad_scores * toeplitz @ phi_k, query, projection, feature_map)
-    grad_key, from_key = _feature_gradients(
-        (grad_scores * toeplitz).swapaxes(-1, -2) @ phi_q, key, projection, feature_map
-    )
+    grad_products = grad_scores * toeplitz
     by_position = np.sum(grad_scores * scores, axis=0)
     grad_bias = np.stack([np.trace(by_position, t, axis1=1, axis2=2) for t in range(1 - n_q, n_k)], axis=-1)
-    return Gradients(grad_query, grad_key, grad_value, grad_bias.reshape(heads, -1), from_query + from_key)
+    return CoreGradients(
+        grad_products @ phi_k,
+        grad_products.swapaxes(-1, -2) @ phi_q,
+        scores.swapaxes(-1, -2) @ scaled,
+        grad_bias.reshape(heads, -1),
+    )
 
 
 def _feature_gradients(grad_phi: Array, x: Array, projection: Array, feature_map: str) -> tuple[Array, Array]:

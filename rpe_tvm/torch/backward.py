@@ -7,7 +7,7 @@ Nothing of size n m d or n n is made.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -108,6 +108,14 @@ def _bias_gradient(
     weights = torch.exp(allowed - allowed.amax(1, keepdim=True))
     gradient[:, :count] = weights * by_offset[:, :count]
     return gradient
+
+
+def refuse_second_gradients(ctx: Any, *grads: Tensor) -> NoReturn:
+    """Autograd formula of operators that are gradients: torch's own fallback would pass none on, with a warning."""
+    raise NotImplementedError(
+        "Expected first gradients of attention, got a gradient of its gradients, which rpe_tvm does not compute. Drop "
+        "create_graph=True, or compute this attention with plain torch operations."
+    )
 
 
 def feature_map_gradients(

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.plan.twiddles import weight_table_shape
-from rpe_tvm.torch.backward import attention_backward
+from rpe_tvm.torch.backward import attention_backward, refuse_second_gradients
+from rpe_tvm.torch.direct_backward import LONGEST, direct_backward
 from rpe_tvm.torch.dispatch import get_backward, get_operator
-from rpe_tvm.torch.layouts import feature_memory, pack_features, scratch_tensor, unpack_features
+from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, pack_features, scratch_tensor, unpack_features
 
 torch.library.define(
     "rpe_tvm::toeplitz_attention",
@@ -113,10 +114,6 @@ def _is_zero_over_zero(out: Tensor, phi_q: Tensor, phi_k: Tensor, value: Tensor)
     return out.isnan().all(-1, keepdim=True) & finite & phi_q.isfinite().all(-1, keepdim=True)
 
 
-def _last_axis_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     _check(phi_q, phi_k, value, rpe_bias)
     batch, heads, n_q, m = phi_q.shape
@@ -131,7 +128,7 @@ def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_c
     pack_features(config, phi_k, phi[1])
     table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias.contiguous(), n_q, n_k, int(is_causal), tables, table)
-    functions["attention"](phi[0], phi[1], _last_axis_contiguous(value), table, tables, out)
+    functions["attention"](phi[0], phi[1], last_axis_contiguous(value), table, tables, out)
     sees_none = _sees_none(phi_q, phi_k, is_causal)
     out.masked_fill_(sees_none, 0.0)
     if out.isnan().any():
@@ -154,16 +151,19 @@ def _backward(
     n_k, d = value.shape[2:]
     if out.numel() == 0 or n_k == 0:
         return tuple(torch.zeros(x.shape) for x in (phi_q, phi_k, value, rpe_bias))
+    grad_out = grad_out.masked_fill(sees_none, 0.0)
+    if max(n_q, n_k) <= LONGEST:
+        return direct_backward(grad_out, out, phi_q, phi_k, value, rpe_bias, is_causal)
     instance = get_backward(max(n_q, n_k), m, d)
     phi = feature_memory(instance.config, batch, heads, n_q, n_k)
     pack_features(instance.config, phi_q, phi[0])
     pack_features(instance.config, phi_k, phi[1])
     found = attention_backward(
         instance,
-        grad_out.masked_fill(sees_none, 0.0),
+        grad_out,
         out,
         phi,
-        _last_axis_contiguous(value),
+        last_axis_contiguous(value),
         rpe_bias.contiguous(),
         is_causal,
     )
@@ -209,3 +209,4 @@ torch.library.impl("rpe_tvm::toeplitz_attention_backward", "CompositeExplicitAut
 torch.library.register_fake("rpe_tvm::toeplitz_attention", _fake_forward)
 torch.library.register_fake("rpe_tvm::toeplitz_attention_backward", _fake_backward)
 torch.library.register_autograd("rpe_tvm::toeplitz_attention", _gradients, setup_context=_setup_context)
+torch.library.register_autograd("rpe_tvm::toeplitz_attention_backward", refuse_second_gradients)

@@ -13,6 +13,12 @@ from rpe_tvm.plan.twiddles import feature_shape
 from rpe_tvm.runtime.operator import scratch
 
 
+def last_axis_contiguous(x: Tensor) -> Tensor:
+    """Return x as kernels take it, copied only where its last axis has another stride than 1."""
+    # Not .contiguous(): on an axis of size 1 that would keep any stride.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def pack_features(config: AttentionConfig, phi: Tensor, out: Tensor) -> None:
     """Write features `[B, H, n, m]` to a buffer of shape `feature_shape`, zeros past n."""
     batch, heads, n, m = phi.shape

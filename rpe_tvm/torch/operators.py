@@ -9,10 +9,11 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
-from rpe_tvm.torch.backward import attention_backward, feature_map_gradients
+from rpe_tvm.torch.backward import attention_backward, feature_map_gradients, refuse_second_gradients
+from rpe_tvm.torch.direct_backward import LONGEST, direct_backward
 from rpe_tvm.torch.dispatch import get_backward, get_operator
-from rpe_tvm.torch.layouts import feature_memory, scratch_tensor, unpack_features
-from rpe_tvm.torch.projection import check_feature_map
+from rpe_tvm.torch.feature_maps import check_feature_map, make_feature_map
+from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, scratch_tensor, unpack_features
 
 torch.library.define(
     "rpe_tvm::kernelized_attention",
@@ -94,11 +95,6 @@ def _empty_output(query: Tensor) -> Tensor:
     return out.permute([*(order.index(axis) for axis in range(3)), 3])
 
 
-def _last_axis_contiguous(x: Tensor) -> Tensor:
-    # Not .contiguous(): on an axis of size 1 that would keep any stride.
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
 def _kernelized_attention(
     query: Tensor,
     key: Tensor,
@@ -118,9 +114,9 @@ def _kernelized_attention(
         instance.functions,
         instance.config,
         instance.tables,
-        _last_axis_contiguous(query),
-        _last_axis_contiguous(key),
-        _last_axis_contiguous(value),
+        last_axis_contiguous(query),
+        last_axis_contiguous(key),
+        last_axis_contiguous(value),
         rpe_bias.contiguous(),
         projection.contiguous(),
         out,
@@ -158,14 +154,18 @@ def _kernelized_attention_backward(
     n_q, n_k = query.shape[2], key.shape[2]
     if out.numel() == 0 or n_k == 0:
         return tuple(torch.zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
+    if max(n_q, n_k) <= LONGEST:
+        return _direct_gradients(
+            grad_out, query, key, value, rpe_bias, projection, out, feature_map, is_causal, of_projection
+        )
     instance = get_backward(max(n_q, n_k), projection.shape[0], query.shape[3])
     projection = projection.contiguous()
-    inputs = [_last_axis_contiguous(x) for x in (query, key)]
+    inputs = [last_axis_contiguous(x) for x in (query, key)]
     phi = feature_memory(instance.config, query.shape[0], query.shape[1], n_q, n_k)
     for x, features in zip(inputs, phi, strict=True):
         instance.functions[f"features_{feature_map}"](x, projection, features)
     found = attention_backward(
-        instance, grad_out, out, phi, _last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
+        instance, grad_out, out, phi, last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
     )
     grad_exponents = found.phi.mul_(phi)  # phi is an exponential
     grad_projection = torch.zeros_like(projection)
@@ -178,6 +178,30 @@ def _kernelized_attention_backward(
         if part is not None:
             grad_projection += part
     return *grads, found.value, found.rpe_bias, grad_projection
+
+
+def _direct_gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    feature_map: str,
+    is_causal: bool,
+    of_projection: bool,
+) -> tuple[Tensor, ...]:
+    phi_q, phi_k = make_feature_map(feature_map, projection)(query, key)
+    found = direct_backward(grad_out, out, phi_q, phi_k, value, rpe_bias, is_causal)
+    grad_query, of_queries = feature_map_gradients(
+        feature_map, query, projection, phi_q.mul_(found.phi_q), of_projection
+    )
+    grad_key, of_keys = feature_map_gradients(feature_map, key, projection, phi_k.mul_(found.phi_k), of_projection)
+    grad_projection = torch.zeros(projection.shape)
+    if of_queries is not None and of_keys is not None:
+        grad_projection += of_queries + of_keys
+    return grad_query, grad_key, found.value, found.rpe_bias, grad_projection
 
 
 def _kernelized_attention_backward_fake(
@@ -216,3 +240,4 @@ torch.library.impl(
 torch.library.register_fake("rpe_tvm::kernelized_attention", _kernelized_attention_fake)
 torch.library.register_fake("rpe_tvm::kernelized_attention_backward", _kernelized_attention_backward_fake)
 torch.library.register_autograd("rpe_tvm::kernelized_attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("rpe_tvm::kernelized_attention_backward", refuse_second_gradients)

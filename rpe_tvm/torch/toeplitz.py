@@ -10,7 +10,8 @@ from torch import Tensor
 from rpe_tvm.errors import ShapeError
 from rpe_tvm.plan import twiddles
 from rpe_tvm.torch.dispatch import get_toeplitz
-from rpe_tvm.torch.operators import _check_tensor, _empty_output, _last_axis_contiguous
+from rpe_tvm.torch.layouts import last_axis_contiguous
+from rpe_tvm.torch.operators import _check_tensor, _empty_output
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -86,7 +87,7 @@ def _matmul(weights: Tensor, x: Tensor, n_out: int) -> Tensor:
     out = _empty(x, n_out)
     if x.numel() == 0 or n_out == 0:
         return out.zero_()
-    get_toeplitz(max(n_out, x.shape[2]), x.shape[3]).matmul(weights.contiguous(), _last_axis_contiguous(x), out)
+    get_toeplitz(max(n_out, x.shape[2]), x.shape[3]).matmul(weights.contiguous(), last_axis_contiguous(x), out)
     return out
 
 
@@ -115,7 +116,7 @@ def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     instance = get_toeplitz(max(n_out, n), x.shape[3])
     length = instance.config.length
     sums = x.new_empty(x.shape[0], heads, 2, length, 2)
-    instance.correlation(_last_axis_contiguous(grad), _last_axis_contiguous(x), sums)
+    instance.correlation(last_axis_contiguous(grad), last_axis_contiguous(x), sums)
     # one transform for each head and parity: small beside those of all channels, so torch makes it
     spectrum = torch.view_as_complex(sums.sum(0))
     natural = torch.empty_like(spectrum)

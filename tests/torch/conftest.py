@@ -1,4 +1,4 @@
-"""A stand-in for the compiled operator, so that the torch layer is tested apart from the compiler."""
+"""A stand-in for the compiled operators, so that the torch layer is tested apart from the compiler."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from rpe_tvm import reference  # noqa: E402
-from rpe_tvm.torch import operators  # noqa: E402
+from rpe_tvm.plan import backward, wisdom  # noqa: E402
+from rpe_tvm.plan.buckets import bucket_length  # noqa: E402
+from rpe_tvm.torch import core, operators  # noqa: E402
+from rpe_tvm.torch.backward import Gradients  # noqa: E402
+from rpe_tvm.torch.layouts import pack_features, unpack_features  # noqa: E402
 
 
 @dataclass
@@ -21,10 +26,25 @@ class ReferenceOperator:
 
     calls: list[dict[str, Any]] = field(default_factory=list)
     lookups: list[tuple[int, int, int]] = field(default_factory=list)
+    backward_lookups: list[tuple[int, int, int]] = field(default_factory=list)
 
     def lookup(self, n: int, num_features: int, head_dim: int) -> Any:
         self.lookups.append((n, num_features, head_dim))
-        return SimpleNamespace(functions={}, config=None, tables=None)
+        config = wisdom.direct_config(num_features, head_dim, bucket_length(n), 8)
+        return SimpleNamespace(functions={"weights": _weights, "attention": _attention}, config=config, tables=None)
+
+    def lookup_backward(self, n: int, num_features: int, head_dim: int) -> Any:
+        self.backward_lookups.append((n, num_features, head_dim))
+        config = backward.choose("none", n, num_features, head_dim, 8)
+
+        def features(feature_map: Any) -> Any:
+            def run(x: Any, projection: Any, out: Any) -> None:
+                pack_features(config, _tensor(feature_map(_array(x), _array(projection))), out)
+
+            return run
+
+        functions = {f"features_{name}": features(each) for name, each in _FEATURE_MAPS.items()}
+        return SimpleNamespace(functions=functions, config=config, tables=None)
 
     def run(
         self,
@@ -44,14 +64,52 @@ class ReferenceOperator:
         arrays = {"query": query, "key": key, "value": value, "rpe_bias": rpe_bias, "projection": projection}
         self.calls.append({**arrays, "feature_map": feature_map, "is_causal": is_causal, "out": out})
         result = reference.attention(
-            *(x.detach().numpy() for x in arrays.values()), feature_map=feature_map, is_causal=is_causal
+            *(_array(x) for x in arrays.values()), feature_map=feature_map, is_causal=is_causal
         )[2]
         out.copy_(torch.from_numpy(result))
+
+
+_FEATURE_MAPS = {"prf": reference.prf, "nprf": reference.nprf}
+
+
+def _array(x: Any) -> Any:
+    return x.detach().double().numpy()
+
+
+def _tensor(x: Any) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(x)).float()
+
+
+def _weights(rpe_bias: Any, n_q: int, n_k: int, is_causal: int, tables: Any, table: Any) -> None:
+    table[:, : n_q + n_k - 1] = _tensor(reference.weights(_array(rpe_bias), n_q, bool(is_causal)))
+
+
+def _attention(phi_q: Any, phi_k: Any, value: Any, table: Any, tables: Any, out: Any) -> None:
+    n_q, n_k = out.shape[2], value.shape[2]
+    q, k = (_array(phi.flatten(3)[..., :n].mT) for phi, n in ((phi_q, n_q), (phi_k, n_k)))
+    scores = (q @ k.swapaxes(-1, -2)) * reference.toeplitz_matrix(_array(table[:, : n_q + n_k - 1]), n_q, n_k)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, as in the kernel
+        out.copy_(_tensor(scores @ _array(value) / scores.sum(-1, keepdims=True)))
+
+
+def _attention_backward(
+    instance: Any, grad_out: Any, out: Any, phi: Any, value: Any, rpe_bias: Any, is_causal: bool
+) -> Gradients:
+    n_q, n_k = out.shape[2], value.shape[2]
+    features = [unpack_features(instance.config, part, n) for part, n in zip(phi, (n_q, n_k), strict=True)]
+    found = reference.core_gradients(*map(_array, (grad_out, *features, value, rpe_bias)), is_causal)
+    packed = torch.empty_like(phi)
+    for part, grad in zip(packed, found[:2], strict=True):
+        pack_features(instance.config, _tensor(grad), part)
+    return Gradients(packed, _tensor(found.value), _tensor(found.rpe_bias))
 
 
 @pytest.fixture
 def reference_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReferenceOperator]:
     operator = ReferenceOperator()
-    monkeypatch.setattr(operators, "get_operator", operator.lookup)
     monkeypatch.setattr(operators, "run", operator.run)
+    for module in (operators, core):
+        monkeypatch.setattr(module, "get_operator", operator.lookup)
+        monkeypatch.setattr(module, "get_backward", operator.lookup_backward)
+        monkeypatch.setattr(module, "attention_backward", _attention_backward)
     yield operator

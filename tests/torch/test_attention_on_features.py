@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from rpe_tvm.errors import DTypeError, ShapeError
@@ -152,7 +152,7 @@ def check(name, args, *, tolerance=2e-4, is_causal=False, key_lengths=None):
         close(grad, expected, 5 * tolerance)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(list(MAPS)),
     n_q=st.integers(1, 9),
@@ -161,7 +161,7 @@ def check(name, args, *, tolerance=2e-4, is_causal=False, key_lengths=None):
     is_causal=st.booleans(),
     data=st.data(),
 )
-def test_any_map_and_shape(name, n_q, n_k, kv_heads, is_causal, data):
+def test_any_map_and_shape(reference_operator, name, n_q, n_k, kv_heads, is_causal, data):
     lengths = data.draw(st.none() | st.lists(st.integers(0, n_k), min_size=B, max_size=B), label="lengths")
     key_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
     args = inputs(n_q, n_k, data.draw(st.integers(0, 99), label="seed"), kv_heads)

@@ -194,21 +194,54 @@ def test_unknown_feature_maps(reference_operator):
         kernelized_attention(query, key, value, rpe_bias, feature_map="nprf")
 
 
+def exact_gradients(grad_out, args, feature_map="nprf", is_causal=False):
+    return reference.attention_gradients(grad_out.numpy(), *(x.detach().numpy() for x in args), feature_map, is_causal)
+
+
+@pytest.mark.parametrize("feature_map", ["nprf", "prf"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k"), [(10, 10), (4, 9), (9, 4), (1, 1)])
+def test_gradients(reference_operator, n_q, n_k, is_causal, feature_map):
+    args = [x.requires_grad_() for x in inputs(n_q, n_k)]
+    out = operator(*args, feature_map=feature_map, is_causal=is_causal)
+    grad_out = torch.randn(out.shape)
+    got = torch.autograd.grad(out, args, grad_out)
+    for x, grad, want in zip(args, got, exact_gradients(grad_out, args, feature_map, is_causal), strict=True):
+        assert grad.shape == x.shape and grad.dtype == x.dtype and grad.is_contiguous()
+        torch.testing.assert_close(grad, torch.from_numpy(want).float(), rtol=1e-5, atol=1e-5)
+    assert reference_operator.backward_lookups == [(max(n_q, n_k), M, D)]
+
+
 @pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("compiled", [False, True])
-def test_forward_works_and_backward_refuses(reference_operator, index, compiled):
+def test_the_gradient_of_one_tensor_alone(reference_operator, index, compiled):
     torch._dynamo.reset()
     args = inputs()
     args[index].requires_grad_()
     call = torch.compile(operator, fullgraph=True, backend="aot_eager") if compiled else operator
     out = call(*args)
-    assert out.requires_grad
     torch.testing.assert_close(out.detach(), expected(*(x.detach() for x in args)))
-    with pytest.raises(RuntimeError, match=r"forward pass only.*torch\.no_grad\(\)"):
-        out.sum().backward()
-    assert args[index].grad is None
+    out.sum().backward()
+    want = exact_gradients(torch.ones(out.shape), args)[index]
+    torch.testing.assert_close(args[index].grad, torch.from_numpy(want).float(), rtol=1e-5, atol=1e-5)
+    assert all(x.grad is None for each, x in enumerate(args) if each != index)
     with torch.no_grad():
         assert not call(*args).requires_grad
+
+
+@pytest.mark.parametrize(("n_q", "n_k", "batch"), [(0, 5, 2), (5, 0, 2), (0, 0, 2), (5, 5, 0)])
+def test_gradients_of_nothing_are_zeros(reference_operator, n_q, n_k, batch):
+    args = [x.requires_grad_() for x in inputs(n_q, n_k, batch)]
+    grads = torch.autograd.grad(operator(*args).sum(), args)
+    assert all(torch.equal(grad, torch.zeros_like(x)) for grad, x in zip(grads, args, strict=True))
+    assert reference_operator.backward_lookups == []
+
+
+def test_gradients_of_gradients_are_refused(reference_operator):
+    args = [x.requires_grad_() for x in inputs()]
+    grads = torch.autograd.grad(operator(*args).square().sum(), args, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"gradient of its gradients.*Drop create_graph=True"):
+        grads[0].sum().backward()
 
 
 def attend(query, key, value, rpe_bias, projection):

@@ -1,0 +1,58 @@
+"""The schedule of the gradients for AVX2 and for this CPU: other lanes, factorisations and sizes than the default's."""
+
+import numpy as np
+import pytest
+
+from rpe_tvm import build, reference, runtime, targets
+from rpe_tvm.plan.backward import BackwardConfig
+
+pytestmark = pytest.mark.compile
+
+torch = pytest.importorskip("torch")
+
+AVX2 = targets.preset("haswell")
+HERE = targets.detect()
+
+
+def check(config, target, n_q, n_k, is_causal=False):
+    from rpe_tvm.torch.backward import attention_backward
+    from rpe_tvm.torch.layouts import empty_features, pack_features, unpack_features
+
+    instance = runtime.load_backward(build.compile_operator(config, target))
+    random = np.random.default_rng(0)
+    m, d = config.num_features, config.head_dim
+    phi_q, phi_k = (random.uniform(0.5, 1.5, (2, 3, n, m)) for n in (n_q, n_k))
+    value, grad_out = random.standard_normal((2, 3, n_k, d)), random.standard_normal((2, 3, n_q, d))
+    rpe_bias = random.standard_normal((3, n_q + n_k - 1))
+    toeplitz = reference.toeplitz_matrix(reference.weights(rpe_bias, n_q, is_causal), n_q, n_k)
+    scores = (phi_q @ phi_k.swapaxes(-1, -2)) * toeplitz
+    out = scores @ value / scores.sum(-1, keepdims=True)
+    q, k, v, b, g, o = (torch.from_numpy(x).float() for x in (phi_q, phi_k, value, rpe_bias, grad_out, out))
+    phi = empty_features(config, 2, 3, n_q, n_k)
+    for features, buffer in ((q, phi[0]), (k, phi[1])):
+        pack_features(config, features, buffer)
+    found = attention_backward(instance, g, o, phi, v, b, is_causal)
+    got = (unpack_features(config, found.phi[0], n_q), unpack_features(config, found.phi[1], n_k), *found[1:])
+    want = reference.core_gradients(grad_out, phi_q, phi_k, value, rpe_bias, is_causal)
+    for name, x, y in zip(want._fields, got, want, strict=True):
+        assert np.linalg.norm(x.numpy() - y) < 2e-5 * np.linalg.norm(y), name
+
+
+@pytest.mark.parametrize("target", [AVX2, HERE], ids=lambda target: target.id)
+@pytest.mark.parametrize(
+    ("m", "d", "outer", "inner", "lanes"),
+    [
+        (5, 7, (8,), (8,), 4),
+        (5, 3, (3, 4), (4, 4), 8),  # fewer channels than lanes
+        (16, 40, (5,), (8, 2), 8),
+    ],
+)
+def test_values(target, m, d, outer, inner, lanes):
+    length = int(np.prod(outer) * np.prod(inner))
+    check(BackwardConfig(m, d, length, "fft", outer, inner, lanes=lanes), target, length - 1, length // 2)
+
+
+def test_sixteen_lanes_and_two_parts():
+    config = BackwardConfig(3, 64, 64, "fft", (8,), (8,), lanes=16)
+    assert config.parts == 2
+    check(config, HERE, 50, 64, is_causal=True)

@@ -154,4 +154,4 @@ def feature_map_gradients(
         scaled = torch.mul(x, inverse, out=scaled)
         grad_x = along.addcmul_(scaled, grad_exponent.sum(-1, keepdim=True), value=-1.0).mul_(inverse)
     grad_projection = grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2) if of_projection else None
-    return grad_x, grad_projection
+    return grad_x.contiguous(), grad_projection

@@ -42,6 +42,7 @@ def direct_backward(
     is_causal : bool
         As in the forward pass.
     """
+    grad_out, out, phi_q, phi_k, value = (x.contiguous() for x in (grad_out, out, phi_q, phi_k, value))
     n_q, n_k = phi_q.shape[2], phi_k.shape[2]
     weights = _weights(rpe_bias, n_q, is_causal)
     grad_q = torch.empty(phi_q.shape)

@@ -192,6 +192,7 @@ def _direct_gradients(
     is_causal: bool,
     of_projection: bool,
 ) -> tuple[Tensor, ...]:
+    query, key = query.contiguous(), key.contiguous()
     phi_q, phi_k = make_feature_map(feature_map, projection)(query, key)
     found = direct_backward(grad_out, out, phi_q, phi_k, value, rpe_bias, is_causal)
     grad_query, of_queries = feature_map_gradients(

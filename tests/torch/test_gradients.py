@@ -15,7 +15,7 @@ from rpe_tvm import reference
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.peers import torch_fft_attention
 from rpe_tvm.runtime import operator as runtime_operator
-from rpe_tvm.torch import NPRF, PRF, gaussian_projection, kernelized_attention, toeplitz_attention
+from rpe_tvm.torch import NPRF, PRF, core, gaussian_projection, kernelized_attention, operators, toeplitz_attention
 
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore:No tuned record")]
 
@@ -24,6 +24,14 @@ NAMES = reference.Gradients._fields
 # Where both results are right to the last place (short sequences), twice the peer's error means nothing.
 FLOOR = np.finfo(np.float32).eps
 M, D = 16, 40  # of all tests that need no sizes of their own: they share compiled operators
+
+
+@pytest.fixture(params=["by length", "fft"])
+def algorithm(request, monkeypatch):
+    """Short sequences by tiles, as they are computed, and by FFT, as longer ones are."""
+    if request.param == "fft":
+        for module in (core, operators):
+            monkeypatch.setattr(module, "LONGEST", 0)
 
 
 @contextlib.contextmanager
@@ -103,7 +111,7 @@ def check(draws, feature_map, is_causal, names=NAMES):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("feature_map", ["nprf", "prf"])
 @pytest.mark.parametrize(("n_q", "n_k"), [(2, 2), (63, 63), (64, 64), (20, 50), (50, 20), (1, 30), (30, 2)])
-def test_against_the_reference(n_q, n_k, feature_map, is_causal):
+def test_against_the_reference(algorithm, n_q, n_k, feature_map, is_causal):
     names = NAMES
     if n_q == 1 and is_causal:  # it sees one key: the subject of a test of its own
         names = ("value",)
@@ -119,14 +127,14 @@ def test_a_longer_sequence(n_q, n_k, feature_map, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("feature_map", ["nprf", "prf"])
 @pytest.mark.parametrize(("m", "d"), [(24, 80), (1, 5)])
-def test_other_sizes(m, d, feature_map, is_causal):
+def test_other_sizes(algorithm, m, d, feature_map, is_causal):
     names = NAMES if m > 1 else NAMES[1:]  # of a single feature the query cancels: the subject of the next test
     check([inputs(63, m=m, d=d, seed=seed) for seed in range(8)], feature_map, is_causal, names)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("feature_map", ["nprf", "prf"])
-def test_gradients_that_are_zero_by_cancellation(feature_map, is_causal):
+def test_gradients_that_are_zero_by_cancellation(algorithm, feature_map, is_causal):
     args, grad_out = inputs(1)
     of = dict(zip(NAMES, gradients(args, grad_out, feature_map, is_causal), strict=True))
     torch.testing.assert_close(of.pop("value"), grad_out)  # one key has the weight 1
@@ -137,14 +145,14 @@ def test_gradients_that_are_zero_by_cancellation(feature_map, is_causal):
     assert query.norm() < 1e-4 * key.norm()
 
 
-def test_two_backward_passes_give_the_same_bits():
+def test_two_backward_passes_give_the_same_bits(algorithm):
     for n in (63, 1000):
         args, grad_out = inputs(n, batch=2)
         first, second = (gradients(args, grad_out, "prf", True) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def test_views():
+def test_views(algorithm):
     batch, heads, n = 2, 2, 63
     (_, _, _, rpe_bias, projection), _ = inputs(n, heads=heads)
     g = torch.Generator().manual_seed(0)
@@ -202,7 +210,7 @@ def on_features(kind, n_q, n_k, seed=0):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kind", ["some keys without features", "rows that see none", "signed"])
 @pytest.mark.parametrize(("n_q", "n_k"), [(63, 63), (20, 50)])
-def test_ready_features(n_q, n_k, kind, is_causal):
+def test_ready_features(algorithm, n_q, n_k, kind, is_causal):
     if kind == "rows that see none" and is_causal and n_q < n_k // 2:
         n_q, n_k = n_k, n_q  # so that some rows see a key
     args, grad_out = on_features(kind, n_q, n_k)
@@ -248,7 +256,7 @@ def test_any_shape_and_lengths(n_q, n_k, batch, heads, feature_map, is_causal, d
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value", "grad_out"])
-def test_non_finite_values_reach_what_depends_on_them(where, bad):
+def test_non_finite_values_reach_what_depends_on_them(algorithm, where, bad):
     args, grad_out = inputs(63, batch=2)
     tensors = {"query": args[0], "key": args[1], "value": args[2], "grad_out": grad_out}
     tensors[where][0, 1, 20, 3] = bad
@@ -296,7 +304,7 @@ def test_opcheck():
     plain = [x.detach() for x in leaves]
     calls = [
         (ops.kernelized_attention, (*leaves, *rest)),
-        (ops.kernelized_attention_backward, (grad_out, *plain, out, *rest)),
+        (ops.kernelized_attention_backward, (grad_out, *plain, out, *rest, True)),
         (ops.toeplitz_attention, (*features, False)),
         (
             ops.toeplitz_attention_backward,

@@ -16,7 +16,7 @@ HERE = targets.detect()
 
 def check(config, target, n_q, n_k, is_causal=False):
     from rpe_tvm.torch.backward import attention_backward
-    from rpe_tvm.torch.layouts import empty_features, pack_features, unpack_features
+    from rpe_tvm.torch.layouts import feature_memory, pack_features, unpack_features
 
     instance = runtime.load_backward(build.compile_operator(config, target))
     random = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def check(config, target, n_q, n_k, is_causal=False):
     scores = (phi_q @ phi_k.swapaxes(-1, -2)) * toeplitz
     out = scores @ value / scores.sum(-1, keepdims=True)
     q, k, v, b, g, o = (torch.from_numpy(x).float() for x in (phi_q, phi_k, value, rpe_bias, grad_out, out))
-    phi = empty_features(config, 2, 3, n_q, n_k)
+    phi = feature_memory(config, 2, 3, n_q, n_k)
     for features, buffer in ((q, phi[0]), (k, phi[1])):
         pack_features(config, features, buffer)
     found = attention_backward(instance, g, o, phi, v, b, is_causal)

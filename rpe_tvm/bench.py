@@ -365,19 +365,8 @@ def main(args: argparse.Namespace, describe: Describe | None = None) -> int:
     import torch
 
     threads = args.threads or torch.get_num_threads()
-    settings = {
-        "target": args.target,
-        "lengths": list(args.lengths),
-        "heads": args.heads,
-        "features": args.features,
-        "head_dim": args.head_dim,
-        "seconds": args.seconds,
-        "causal": args.causal,
-        "feature_map": "nprf",
-        "dtype": "float32",
-    }
-    shape = f"{args.heads} heads, m={args.features}, d={args.head_dim}{', causal' if args.causal else ''}"
-    setting = f"float32, {shape}, {threads} {'thread' if threads == 1 else 'threads'}"
+    settings = bench_output.attention_settings(args)
+    setting = bench_output.setting_of(args, threads)
     print(f"{bench_machine.cpu_name()}; {setting}\n\n{table_header()}", flush=True)
     try:
         rows = run(

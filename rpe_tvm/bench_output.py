@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
@@ -98,3 +99,24 @@ def write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
         staged = Path(staging) / path.name
         write(staged)
         os.replace(staged, path)
+
+
+def attention_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a benchmark of attention, for its JSON file."""
+    return {
+        "target": args.target,
+        "lengths": list(args.lengths),
+        "heads": args.heads,
+        "features": args.features,
+        "head_dim": args.head_dim,
+        "seconds": args.seconds,
+        "causal": args.causal,
+        "feature_map": "nprf",
+        "dtype": "float32",
+    }
+
+
+def setting_of(args: argparse.Namespace, threads: int) -> str:
+    """The same in a line of text, for the head of a table."""
+    shape = f"{args.heads} heads, m={args.features}, d={args.head_dim}{', causal' if args.causal else ''}"
+    return f"float32, {shape}, {threads} {'thread' if threads == 1 else 'threads'}"

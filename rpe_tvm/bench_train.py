@@ -262,21 +262,8 @@ def main(args: argparse.Namespace, describe: Describe | None = None) -> int:
 
     threads = args.threads or torch.get_num_threads()
     memory_lengths = args.memory_lengths or args.lengths
-    settings = {
-        "target": args.target,
-        "mode": "train",
-        "lengths": list(args.lengths),
-        "memory_lengths": list(memory_lengths),
-        "heads": args.heads,
-        "features": args.features,
-        "head_dim": args.head_dim,
-        "seconds": args.seconds,
-        "causal": args.causal,
-        "feature_map": "nprf",
-        "dtype": "float32",
-    }
-    shape = f"{args.heads} heads, m={args.features}, d={args.head_dim}{', causal' if args.causal else ''}"
-    setting = f"float32, {shape}, {threads} {'thread' if threads == 1 else 'threads'}"
+    settings = {**bench_output.attention_settings(args), "mode": "train", "memory_lengths": list(memory_lengths)}
+    setting = bench_output.setting_of(args, threads)
     print(f"{bench_machine.cpu_name()}; forward and backward, {setting}\n\n{table_header()}", flush=True)
     try:
         rows = run(

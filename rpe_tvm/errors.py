@@ -17,6 +17,10 @@ class CompilerNotFoundError(BuildError):
     """No C++ compiler was found on this machine; exporting a library needs one."""
 
 
+class SecondGradientError(RpeTvmError, NotImplementedError):
+    """A gradient of attention's gradients was asked for."""
+
+
 class ArtefactError(RpeTvmError, RuntimeError):
     """A compiled artefact was refused.
 

@@ -50,10 +50,7 @@ class Instance:
     @classmethod
     def of(cls, config: AttentionConfig, functions: Functions) -> Instance:
         """An instance with the tables of `config`."""
-        values = twiddles.tables(config)
-        tables = aligned_empty(values.shape)
-        tables[...] = values
-        return cls(config, functions, tables)
+        return cls(config, functions, aligned_copy(twiddles.tables(config)))
 
 
 class Attention:
@@ -265,6 +262,13 @@ def aligned_empty(shape: Sequence[int]) -> FloatArray:
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(np.float32).reshape(shape)
+
+
+def aligned_copy(values: FloatArray) -> FloatArray:
+    """A copy of an array that starts at a cache line."""
+    copy = aligned_empty(values.shape)
+    copy[...] = values
+    return copy
 
 
 class _Scratch(threading.local):

@@ -7,7 +7,7 @@ from typing import Any
 
 from rpe_tvm.plan import twiddles
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.runtime.operator import FloatArray, Functions, aligned_empty, scratch
+from rpe_tvm.runtime.operator import FloatArray, Functions, aligned_copy, scratch
 
 FUNCTIONS = ("weights", "matmul", "correlation")
 
@@ -33,10 +33,7 @@ class ToeplitzInstance:
     @classmethod
     def of(cls, config: ToeplitzConfig, functions: Functions) -> ToeplitzInstance:
         """An instance with the tables of `config`."""
-        values = twiddles.fft_tables(config)
-        tables = aligned_empty(values.shape)
-        tables[...] = values
-        return cls(config, functions, tables)
+        return cls(config, functions, aligned_copy(twiddles.fft_tables(config)))
 
     def matmul(self, weights: Any, x: Any, out: Any) -> None:
         """Write ``out_i = sum_j w[j-i] x_j``.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor
 
+from rpe_tvm.errors import SecondGradientError
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import frequencies, weight_table_shape
@@ -112,7 +113,7 @@ def _bias_gradient(
 
 def refuse_second_gradients(ctx: Any, *grads: Tensor) -> NoReturn:
     """Autograd formula of operators that are gradients: torch's own fallback would pass none on, with a warning."""
-    raise NotImplementedError(
+    raise SecondGradientError(
         "Expected first gradients of attention, got a gradient of its gradients, which rpe_tvm does not compute. Drop "
         "create_graph=True, or compute this attention with plain torch operations."
     )

@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rpe_tvm.errors import DTypeError, ShapeError
+from rpe_tvm.errors import ShapeError
 from rpe_tvm.plan.twiddles import weight_table_shape
 from rpe_tvm.torch.backward import attention_backward, refuse_second_gradients
 from rpe_tvm.torch.direct_backward import LONGEST, direct_backward
 from rpe_tvm.torch.dispatch import get_backward, get_operator
 from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, pack_features, scratch_tensor, unpack_features
+from rpe_tvm.torch.operators import check_tensor
 
 torch.library.define(
     "rpe_tvm::toeplitz_attention",
@@ -67,12 +68,7 @@ def toeplitz_attention(
 def _check(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor) -> None:
     dims = {"phi_q": "[B, H, n_q, m]", "phi_k": "[B, H, n_k, m]", "value": "[B, H, n_k, d]", "rpe_bias": "[H, n]"}
     for (name, expected), x in zip(dims.items(), (phi_q, phi_k, value, rpe_bias), strict=True):
-        if not x.is_cpu:
-            raise ValueError(f"Invalid device of {name}: expected a CPU tensor, got one on {x.device}; use .cpu().")
-        if x.dtype != torch.float32:
-            raise DTypeError(f"Invalid dtype of {name}: expected torch.float32, got {x.dtype}. Convert with .float().")
-        if x.dim() != expected.count(",") + 1:
-            raise ShapeError(f"Invalid shape of {name}: expected {expected}, got {list(x.shape)}.")
+        check_tensor(name, x, expected)
     batch, heads, n_q, m = phi_q.shape
     n_k, d = value.shape[2:]
     if m == 0 or d == 0:

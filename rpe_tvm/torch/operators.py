@@ -29,7 +29,8 @@ torch.library.define(
 )
 
 
-def _check_tensor(name: str, x: Tensor, dims: str) -> None:
+def check_tensor(name: str, x: Tensor, dims: str) -> None:
+    """Raise unless x is a float32 tensor on the CPU with as many axes as `dims` names, such as ``[B, H, n, d]``."""
     if not x.is_cpu:
         raise ValueError(
             f"Invalid device of {name}: expected a CPU tensor, got one on {x.device}. rpe_tvm runs on x86 "
@@ -50,11 +51,11 @@ def check_inputs(
     projection ``[m, d]``.
     """
     check_feature_map(feature_map)
-    _check_tensor("query", query, "[B, H, n_q, d]")
-    _check_tensor("key", key, "[B, H, n_k, d]")
-    _check_tensor("value", value, "[B, H, n_k, d]")
-    _check_tensor("rpe_bias", rpe_bias, "[H, n_q + n_k - 1]")
-    _check_tensor("projection", projection, "[m, d]")
+    check_tensor("query", query, "[B, H, n_q, d]")
+    check_tensor("key", key, "[B, H, n_k, d]")
+    check_tensor("value", value, "[B, H, n_k, d]")
+    check_tensor("rpe_bias", rpe_bias, "[H, n_q + n_k - 1]")
+    check_tensor("projection", projection, "[m, d]")
     batch, heads, n_q, head_dim = query.shape
     n_k = key.shape[2]
     if head_dim == 0 or projection.shape[0] == 0:

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from rpe_tvm.errors import ShapeError
 
-# The compiled operator's registration takes it from here.
-from rpe_tvm.torch.feature_maps import check_feature_map as check_feature_map
-
 
 def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
     if seed is not None and generator is not None:

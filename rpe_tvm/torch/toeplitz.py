@@ -11,7 +11,7 @@ from rpe_tvm.errors import ShapeError
 from rpe_tvm.plan import twiddles
 from rpe_tvm.torch.dispatch import get_toeplitz
 from rpe_tvm.torch.layouts import last_axis_contiguous
-from rpe_tvm.torch.operators import _check_tensor, _empty_output
+from rpe_tvm.torch.operators import _empty_output, check_tensor
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -64,8 +64,8 @@ def toeplitz_matmul(weights: Tensor, x: Tensor, n_out: int | None = None) -> Ten
 
 
 def _check(weights: Tensor, x: Tensor, n_out: int) -> None:
-    _check_tensor("weights", weights, "[H, n_out + n - 1]")
-    _check_tensor("x", x, "[B, H, n, d]")
+    check_tensor("weights", weights, "[H, n_out + n - 1]")
+    check_tensor("x", x, "[B, H, n, d]")
     if n_out < 0:
         raise ShapeError(f"Invalid n_out: expected a length of at least 0, got {n_out}.")
     heads, n = x.shape[1], x.shape[2]
@@ -97,8 +97,8 @@ def _matmul_fake(weights: Tensor, x: Tensor, n_out: int) -> Tensor:
 
 
 def _check_grad(grad: Tensor, x: Tensor) -> tuple[int, int, int]:
-    _check_tensor("grad", grad, "[B, H, n_out, d]")
-    _check_tensor("x", x, "[B, H, n, d]")
+    check_tensor("grad", grad, "[B, H, n_out, d]")
+    check_tensor("x", x, "[B, H, n, d]")
     batch, heads, n, channels = x.shape
     n_out = grad.shape[2]
     if grad.shape[0] != batch or grad.shape[1] != heads or grad.shape[3] != channels:

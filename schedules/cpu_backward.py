@@ -10,9 +10,7 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.schedules import cpu
-from rpe_tvm.schedules.cpu import Block, Choices, Loop, Stage, at_consumer, pad_rows, place, transform, vectorize
-from rpe_tvm.te.dft import COMPOSITE
+from rpe_tvm.schedules.cpu import Loop, at_consumer, pad_rows, place, transform, vectorize
 
 
 def _fold_in_registers(sch: Schedule, name: str, lanes: int, loop: Loop, unrolled: int) -> None:
@@ -85,48 +83,3 @@ def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
     outer, _ = sch.split(j, [None, 64])
     sch.parallel(sch.fuse(b, h, outer))
     sch.vectorize(sch.split(channel, [None, config.lanes])[1])
-
-
-def fft_denominator_backward(sch: Schedule, config: BackwardConfig) -> None:
-    """Schedule `te.fft_denominator_backward`: parallel over (batch, head, feature group)."""
-    split = split_of(config)
-    columns, rows = transform("pair_columns", config.outer), transform("pair_rows", config.inner)
-    back_rows = transform("pair_back_rows", config.inner[::-1])
-    back_columns = transform("pair_back_columns", config.outer[::-1])
-
-    correlation, last = sch.get_sblock("correlation"), sch.get_sblock(back_columns[-1].name)
-    sch.merge(sch.get_loops(correlation)[3], sch.get_loops(last)[3])
-    b, h, group, parity, _, column, *_ = sch.get_loops(last)
-    if back_columns[-1].radix in COMPOSITE:
-        first = sch.get_sblock(f"{back_columns[-1].name}_first")
-        at_consumer(sch, first, sch.get_loops(last)[-4])
-        vectorize(sch, first, unrolled=3)
-    vectorize(sch, last, unrolled=2)
-    for stage in reversed(back_columns[:-1]):
-        place(sch, stage, column)
-    last_row = _half(sch, back_rows, parity)
-    _half(sch, rows, parity)
-    last_column = _half(sch, columns, parity)
-    packed = sch.get_sblock("packed")
-    at_consumer(sch, packed, parity)
-    vectorize(sch, packed, unrolled=1)
-    pad_rows(sch, config, last_column, split.n1)
-    pad_rows(sch, config, last_row, split.n2)
-    sch.parallel(sch.fuse(b, h, group))
-
-    side, b, h, feature, *_ = sch.get_loops(sch.get_sblock("total"))
-    sch.parallel(sch.fuse(side, b, h, feature))
-
-
-def fft_denominator(sch: Schedule, config: BackwardConfig) -> None:
-    """Schedule `te.denominator.fft_denominator`."""
-    cpu.fft_denominator(sch, config, Choices())
-
-
-def _half(sch: Schedule, stages: list[Stage], loop: Loop) -> Block:
-    """Place all stages of columns or rows under `loop`, those before the last one column or row after the other."""
-    last = place(sch, stages[-1], loop)
-    column = sch.get_loops(last)[-6]
-    for stage in reversed(stages[:-1]):
-        place(sch, stage, column)
-    return last

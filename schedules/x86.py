@@ -8,15 +8,16 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.schedules import cpu, cpu_backward, cpu_toeplitz
+from rpe_tvm.schedules import cpu, cpu_backward, cpu_denominator_backward, cpu_features_backward, cpu_toeplitz
 from rpe_tvm.schedules.cpu import Choices
 
 features = cpu.features
 direct_weights = cpu.direct_weights
 fft_weights = cpu.fft_weights
-fft_denominator = cpu_backward.fft_denominator
+features_backward = cpu_features_backward.features_backward
 fft_backward = cpu_backward.fft_backward
-fft_denominator_backward = cpu_backward.fft_denominator_backward
+fft_row_weights = cpu_denominator_backward.fft_row_weights
+fft_denominator_backward = cpu_denominator_backward.fft_denominator_backward
 plain_weights = cpu.spectrum
 toeplitz_correlation = cpu_toeplitz.toeplitz_correlation
 

@@ -11,24 +11,34 @@ from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.schedules import x86
 from rpe_tvm.te import shapes
-from rpe_tvm.te.denominator import fft_denominator
-from rpe_tvm.te.fft_backward import fft_backward, fft_denominator_backward
+from rpe_tvm.te.denominator_backward import fft_denominator_backward, fft_row_weights
+from rpe_tvm.te.features import FEATURE_MAPS
+from rpe_tvm.te.features_backward import features_backward
+from rpe_tvm.te.fft_backward import fft_backward
 
-STRIDED = frozenset(("value", "grad", "grad_value"))
+STRIDED = frozenset(("x", "value", "grad_out", "out", "grad_value"))
 
 
 def lower(config: BackwardConfig) -> Lowered:
-    """Return the functions of `preparing_functions`, `denominator`, `denominator_backward` and `backward`, scheduled.
+    """Return the functions of `preparing_functions` and of the gradients, scheduled.
 
     Features and weights are computed again, in the layout of this config: that of the forward pass may be another.
     """
     functions = preparing_functions(config)
+    for feature_map in FEATURE_MAPS:
+        sch = _unscheduled(features_backward(config, shapes.symbolic(), feature_map))
+        x86.features_backward(sch, config, feature_map)
+        functions[f"features_{feature_map}_backward"] = named(sch, f"features_{feature_map}_backward")
     for name, expressions, schedule in (
-        ("denominator", fft_denominator, x86.fft_denominator),
+        ("row_weights", fft_row_weights, x86.fft_row_weights),
         ("backward", fft_backward, x86.fft_backward),
         ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
     ):
-        sch = Schedule(relax_parameters(te.create_prim_func(expressions(config, shapes.symbolic())), STRIDED))
+        sch = _unscheduled(expressions(config, shapes.symbolic()))
         schedule(sch, config)
         functions[name] = named(sch, name)
     return Lowered(tvm.IRModule(functions), {"source": "default"})
+
+
+def _unscheduled(arguments: list[te.Tensor]) -> Schedule:
+    return Schedule(relax_parameters(te.create_prim_func(arguments), STRIDED))

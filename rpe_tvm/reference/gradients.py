@@ -73,8 +73,8 @@ def attention_gradients(
         return Gradients(*(np.zeros_like(each) for each in (query, key, value, rpe_bias, projection)))
     phi_q, phi_k = features_of(query, key, projection, feature_map)
     of_core = core_gradients(grad_out, phi_q, phi_k, value, rpe_bias, is_causal)
-    grad_query, from_query = _feature_gradients(of_core.phi_q, query, projection, feature_map)
-    grad_key, from_key = _feature_gradients(of_core.phi_k, key, projection, feature_map)
+    grad_query, from_query = feature_gradients(of_core.phi_q, query, projection, feature_map)
+    grad_key, from_key = feature_gradients(of_core.phi_k, key, projection, feature_map)
     return Gradients(grad_query, grad_key, of_core.value, of_core.rpe_bias, from_query + from_key)
 
 
@@ -104,8 +104,16 @@ def core_gradients(
     )
 
 
-def _feature_gradients(grad_phi: Array, x: Array, projection: Array, feature_map: str) -> tuple[Array, Array]:
-    """Gradients of a feature map's argument x and of its projection."""
+def feature_gradients(grad_phi: Array, x: Array, projection: Array, feature_map: str) -> tuple[Array, Array]:
+    """Gradients of a feature map's argument x and of its projection from that of its features.
+
+    Parameters
+    ----------
+    grad_phi
+        `[B, H, n, m]`.
+    x, projection, feature_map
+        `[B, H, n, d]`, `[m, d]`, and which map, as in `attention`.
+    """
     if feature_map == "nprf":
         norm = np.linalg.norm(x, axis=-1, keepdims=True)
         inverse = np.where(norm == 0.0, 0.0, 1.0 / np.where(norm == 0.0, 1.0, norm))

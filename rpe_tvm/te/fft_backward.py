@@ -9,8 +9,7 @@ With g_i = grad_out_i / den_i and, for each feature f, y_f = C (phi_k[f] * value
 and the gradient of c is the correlation of phi_q[f] * g with phi_k[f] * value, summed over features and channels: the
 product of their spectra, one conjugated. Only the real part of its inverse transform counts, because two channels ride
 in one complex lane. "Side" 0 is y, with the spectrum of C, side 1 is z, with its conjugate. The same for the
-denominators, whose single channel is 1 on one side and -sum_e g_ie out_ie on the other, is a function of its own with
-features as lanes.
+denominators is in `denominator_backward`.
 Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`).
 """
 
@@ -29,20 +28,22 @@ from rpe_tvm.te.shapes import Sizes, feature_rows
 from rpe_tvm.te.toeplitz import at_frequency, transform, transform_back
 
 
-def _feature_pair(config: BackwardConfig, sizes: Sizes, name: str) -> te.Tensor:
+def feature_pair(config: BackwardConfig, sizes: Sizes, name: str) -> te.Tensor:
+    """Return the placeholder of features of queries and keys, `[2, B, H, m, N2, N1]`."""
     rows, columns = feature_rows(config, sizes)
     shape = (cx.int64(2), sizes.batch, sizes.heads, cx.int64(config.num_features), rows, columns)
     return te.placeholder(shape, cx.FLOAT, name)
 
 
-def _constants(config: BackwardConfig, sizes: Sizes) -> tuple[te.Tensor, dft.Tables]:
+def constants(config: BackwardConfig, sizes: Sizes) -> tuple[te.Tensor, dft.Tables]:
+    """Return the placeholders of the spectra of C and of C^T, `[2, H, 2, P, 2]`, and of the tables."""
     where = twiddles.layout(config)
     shape = (cx.int64(2), sizes.heads, *map(cx.int64, (2, config.length, 2)))
     spectrum = te.placeholder(shape, cx.FLOAT, "spectrum")
     return spectrum, dft.Tables(te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables"), where)
 
 
-def _products(
+def products_of_sides(
     config: BackwardConfig, rows: te.Tensor, spectrum: te.Tensor, tables: dft.Tables, head: int, parity: int
 ) -> te.Tensor:
     """Return the inverse transforms of both sides, the last leading index; `head` and `parity` are leading ones."""
@@ -86,18 +87,19 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     -------
     list of te.Tensor
         phi `[2, B, H, m, N2, N1]` of queries and keys (zero past the length), value `[B, H, n_k, d]`,
-        grad `[B, H, n_q, d]` (grad_out / den), spectrum `[2, H, 2, P, 2]` (of C and of C^T, its conjugate),
-        tables (flat);
+        grad_out `[B, H, n_q, d]`, inverse `[B, H, N2, N1]` (1 / den), spectrum `[2, H, 2, P, 2]` (of C and of C^T, its
+        conjugate), tables (flat);
         grad_phi `[B, H, parts, 2, m, N2, Q, S]` and correlation `[B, H, parts, 2, N1, N2 / R, R, 2]`, to be summed over
         parts, and grad_value `[B, H, n_k, d]`.
     """
     m, d, lanes = config.num_features, config.head_dim, config.lanes
     batch, heads = sizes.batch, sizes.heads
     split = split_of(config)
-    phi = _feature_pair(config, sizes, "phi")
+    phi = feature_pair(config, sizes, "phi")
     value = te.placeholder((batch, heads, sizes.n_key, cx.int64(d)), cx.FLOAT, "value")
-    grad = te.placeholder((batch, heads, sizes.n_query, cx.int64(d)), cx.FLOAT, "grad")
-    spectrum, tables = _constants(config, sizes)
+    grad_out = te.placeholder((batch, heads, sizes.n_query, cx.int64(d)), cx.FLOAT, "grad_out")
+    inverse = te.placeholder((batch, heads, *phi.shape[-2:]), cx.FLOAT, "inverse")
+    spectrum, tables = constants(config, sizes)
     parts = config.parts
     groups = lane_groups(d, lanes) // parts
     radix = config.inner[-1]
@@ -111,7 +113,7 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
             ch = channel(part * groups + g, half, lane, lanes)
             # past the end the last position again, whose features are zero: a bound instead of a branch
             of_value = value[b, h, tirx.min(position, sizes.n_key - 1), ch]
-            of_grad = grad[b, h, tirx.min(position, sizes.n_query - 1), ch]
+            of_grad = grad_out[b, h, tirx.min(position, sizes.n_query - 1), ch] * inverse[b, h, n2, q * split.s + s]
             return existing(ch, d, lanes, tirx.if_then_else(side == 0, of_value, of_grad))
 
         return cx.part(c, twist(tables, p, position, (element(0), element(1))))
@@ -126,7 +128,7 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
 
     lead = (batch, heads, parts, groups, 2, m, 2)
     rows = transform("pair", config, lead, tables, load, lambda where, k1, k2, x: x)
-    products = _products(config, rows, spectrum, tables, head=1, parity=4)
+    products = products_of_sides(config, rows, spectrum, tables, head=1, parity=4)
 
     # grad phi: twisted products times twisted channels of the other side, whose twists cancel
     def dot(
@@ -185,68 +187,4 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         return te.sum(crossed[(*at, 0)] + crossed[(*at, 1)], axis=[group2, feature2])
 
     correlation = cx.compute((batch, heads, parts, 2, *frequencies), correlate, "correlation")
-    return [phi, value, grad, spectrum, tables.tensor, grad_phi, correlation, grad_value]
-
-
-def fft_denominator_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
-    """Return the arguments of the gradients of the denominators, added to those of the numerators; the outputs last.
-
-    With w_i = -sum_e g_ie out_ie: grad phi_q[f] += w (C phi_k[f]), grad phi_k[f] += C^T (w phi_q[f]), and the
-    correlation of w phi_q[f] with phi_k[f].
-
-    Returns
-    -------
-    list of te.Tensor
-        phi `[2, B, H, m, N2, N1]` of queries and keys, w `[B, H, N2, N1]`, grad_phi as `fft_backward` returns it,
-        spectrum `[2, H, 2, P, 2]` (of C and of C^T, its conjugate), tables (flat);
-        total `[2, B, H, m, N2, N1]` and correlation `[B, H, groups, 2, N1, N2 / R, R, 2]`, to be summed over groups.
-    """
-    m, lanes = config.num_features, config.lanes
-    batch, heads = sizes.batch, sizes.heads
-    split = split_of(config)
-    phi = _feature_pair(config, sizes, "phi")
-    weight = te.placeholder((batch, heads, *phi.shape[-2:]), cx.FLOAT, "w")
-    sums = (batch, heads, config.parts, 2, m, split.n2, split.q, split.s)
-    grad_phi = te.placeholder([cx.int64(n) if isinstance(n, int) else n for n in sums], cx.FLOAT, "grad_phi")
-    spectrum, tables = _constants(config, sizes)
-    groups = lane_groups(m, lanes)
-    radix = config.inner[-1]
-
-    def pack(b: Expr, h: Expr, g: Expr, p: Expr, side: Expr, n2: Expr, q: Expr, s: Expr, c: Expr, lane: Expr) -> Expr:
-        def element(half: int) -> Expr:
-            ch = channel(g, half, lane, lanes)
-            n1 = q * split.s + s
-            factor = tirx.if_then_else(side == 0, cx.real(1.0), weight[b, h, n2, n1])
-            return existing(ch, m, lanes, phi[1 - side, b, h, ch, n2, n1] * factor)
-
-        return cx.part(c, twist(tables, p, split.position(n2, q, s), (element(0), element(1))))
-
-    packed = cx.compute((batch, heads, groups, 2, 2, split.n2, split.q, split.s, 2, lanes), pack, "packed")
-    rows = transform(
-        "pair",
-        config,
-        (batch, heads, groups, 2, 2),
-        tables,
-        lambda at, n2, q, s, lane: cx.load_lanes(packed, (*at, n2, q, s), lane),
-        lambda where, k1, k2, x: x,
-    )
-    weighted = _products(config, rows, spectrum, tables, head=1, parity=3)
-
-    def of_feature(side: Expr, b: Expr, h: Expr, ch: Expr, n2: Expr, n1: Expr) -> Expr:
-        g, c, lane = place(ch, lanes)
-        q, s = n1 // split.s, n1 % split.s
-        both = [cx.load_lanes(weighted, (b, h, g, p, side, n2, 0, q, s), lane) for p in (0, 1)]
-        product = cx.part(c, untwisted_sum(tables, split.position(n2, q, s), both))
-        factor = tirx.if_then_else(side == 0, weight[b, h, n2, n1], cx.real(1.0))
-        return product * factor + sum(grad_phi[b, h, part, side, ch, n2, q, s] for part in range(config.parts))
-
-    total = cx.compute((2, batch, heads, m, split.n2, split.n1), of_feature, "total")
-    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
-
-    def correlate(b: Expr, h: Expr, g: Expr, p: Expr, k1: Expr, block: Expr, k: Expr, c: Expr) -> Expr:
-        first, second = (cx.load_lanes(rows, (b, h, g, p, side, k1, block, 0, k), lane_axis) for side in (0, 1))
-        return te.sum(cx.part(c, cx.mul_conj(first, second)), axis=lane_axis)
-
-    frequencies = (split.n1, split.n2 // radix, radix, 2)
-    correlation = cx.compute((batch, heads, groups, 2, *frequencies), correlate, "correlation")
-    return [phi, weight, grad_phi, spectrum, tables.tensor, total, correlation]
+    return [phi, value, grad_out, inverse, spectrum, tables.tensor, grad_phi, correlation, grad_value]

@@ -6,9 +6,11 @@ Nothing of size n m d or n n is made.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, NoReturn, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import frequencies, weight_table_shape
 from rpe_tvm.runtime import Instance
-from rpe_tvm.torch.layouts import pack_positions, scratch_tensor, unpack_features
+from rpe_tvm.torch.layouts import last_axis_contiguous, scratch_tensor
 
 
 class Gradients(NamedTuple):
@@ -60,27 +62,23 @@ def attention_backward(
     functions["weights"](rpe_bias, n_q, n_k, int(is_causal), tables, spectra[0])
     torch.mul(spectra[0], torch.tensor([1.0, -1.0]), out=spectra[1])
 
-    split = split_of(config)
-    groups = -(-config.num_features // (2 * config.lanes))
-    denominators = scratch_tensor("denominators", (batch, heads, groups, split.n2, split.q, split.s))
-    functions["denominator"](phi[0], phi[1], spectra[0], tables, denominators)
-    denominator = unpack_features(config, denominators.sum(2, keepdim=True), n_q)
-    inverse = torch.where(denominator == 0, 0.0, 1.0 / denominator)
-    grad = torch.mul(grad_out, inverse, out=scratch_tensor("grad", out.shape))
+    grad_out, out = last_axis_contiguous(grad_out), last_axis_contiguous(out)
+    inverse, weight = scratch_tensor("row weights", (2, *phi.shape[1:3], *phi.shape[4:]))
+    functions["row_weights"](phi[0], phi[1], spectra[0], tables, grad_out, out, inverse, weight)
 
     # numerators
+    split = split_of(config)
     radix = config.inner[-1]
     spectrum_shape = (split.n1, split.n2 // radix, radix, 2)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     sums = (batch, heads, config.parts, 2, config.num_features, split.n2, split.q, split.s)
     grad_phi = scratch_tensor("grad_phi", sums)
     correlation = scratch_tensor("correlation", (batch, heads, config.parts, 2, *spectrum_shape))
-    functions["backward"](phi, value, grad, spectra, tables, grad_phi, correlation, grad_value)
+    functions["backward"](phi, value, grad_out, inverse, spectra, tables, grad_phi, correlation, grad_value)
     correlations = correlation.sum((0, 2))
 
     # denominators
-    products = torch.mul(grad, out, out=scratch_tensor("products", out.shape))
-    weight = pack_positions(config, products.sum(-1).neg_())
+    groups = -(-config.num_features // (2 * config.lanes))
     total = scratch_tensor("total", phi.shape)
     of_denominator = scratch_tensor("correlation", (batch, heads, groups, 2, *spectrum_shape))
     functions["denominator_backward"](phi, weight, grad_phi, spectra, tables, total, of_denominator)
@@ -96,10 +94,8 @@ def _bias_gradient(
     With S_p the spectrum of parity p, grad c_t = Re sum_k,p S_p[k] exp(2 pi i t (k + p / 2) / P) / 2P and db = c dc.
     """
     length = config.length
-    spectra = torch.empty(correlation.shape[0], 2, length, dtype=torch.complex64)
-    spectra[..., torch.from_numpy(frequencies(config))] = torch.view_as_complex(correlation.flatten(2, 4))
-    circular = torch.fft.ifft(spectra)
-    turn = torch.polar(torch.ones(length), torch.arange(length) * (math.pi / length))
+    places, turn = _inverse_constants(config)
+    circular = torch.fft.ifft(torch.view_as_complex(correlation.flatten(2, 4))[..., places])
     even, odd = circular[:, 0].real, (circular[:, 1] * turn).real
     ahead, behind = (even + odd) / 2, (even - odd) / 2  # offsets 0 .. P-1, and -P .. -1
     by_offset = torch.cat((behind[:, length - (n_q - 1) :], ahead[:, :n_k]), dim=1)
@@ -109,6 +105,13 @@ def _bias_gradient(
     weights = torch.exp(allowed - allowed.amax(1, keepdim=True))
     gradient[:, :count] = weights * by_offset[:, :count]
     return gradient
+
+
+@functools.lru_cache(maxsize=64)
+def _inverse_constants(config: BackwardConfig) -> tuple[Tensor, Tensor]:
+    """Where each frequency stands in a spectrum in digit order, and exp(i pi t / P) for t < P."""
+    places = torch.from_numpy(np.argsort(frequencies(config)))
+    return places, torch.polar(torch.ones(config.length), torch.arange(config.length) * (math.pi / config.length))
 
 
 def refuse_second_gradients(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -143,16 +146,27 @@ def feature_map_gradients(
         ``[B, H, n, d]`` and ``[m, d]`` or None, contiguous.
     """
     along = grad_exponent @ projection
-    scaled = scratch_tensor("scaled", x.shape)
+    scaled = _scaled(feature_map, x, scratch_tensor("scaled", x.shape))
     if feature_map == "nprf":
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = torch.where(norm == 0, 0.0, 1.0 / norm)
-        scaled = torch.mul(x, inverse, out=scaled)
         products = torch.mul(scaled, along, out=scratch_tensor("products", x.shape))
-        grad_x = along.addcmul_(scaled, products.sum(-1, keepdim=True), value=-1.0).mul_(inverse)
+        grad_x = along.addcmul_(scaled, products.sum(-1, keepdim=True), value=-1.0).mul_(_inverse_norm(x))
     else:
-        inverse = projection.shape[1] ** -0.25
-        scaled = torch.mul(x, inverse, out=scaled)
-        grad_x = along.addcmul_(scaled, grad_exponent.sum(-1, keepdim=True), value=-1.0).mul_(inverse)
-    grad_projection = grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2) if of_projection else None
-    return grad_x.contiguous(), grad_projection
+        total = grad_exponent.sum(-1, keepdim=True)
+        grad_x = along.addcmul_(scaled, total, value=-1.0).mul_(projection.shape[1] ** -0.25)
+    return grad_x.contiguous(), projection_gradient(feature_map, x, grad_exponent) if of_projection else None
+
+
+def projection_gradient(feature_map: str, x: Tensor, grad_exponent: Tensor) -> Tensor:
+    """Gradient ``[m, d]`` of the projection; arguments as of `feature_map_gradients`."""
+    scaled = _scaled(feature_map, x, scratch_tensor("scaled", x.shape))
+    return grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2)
+
+
+def _scaled(feature_map: str, x: Tensor, out: Tensor) -> Tensor:
+    """Write x', what the projection is multiplied with, to `out`."""
+    return torch.mul(x, _inverse_norm(x) if feature_map == "nprf" else x.shape[-1] ** -0.25, out=out)
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm == 0, 0.0, 1.0 / norm)

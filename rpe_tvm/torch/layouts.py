@@ -35,26 +35,12 @@ def pack_features(config: AttentionConfig, phi: Tensor, out: Tensor) -> None:
     out.view(batch, heads, m, split.n2, split.q, split.s).copy_(natural.permute(0, 1, 5, 4, 3, 2))
 
 
-def unpack_features(config: AttentionConfig, buffer: Tensor, n: int, out: Tensor | None = None) -> Tensor:
-    """Return the features `[B, H, n, m]` of a buffer of `fft`, `[B, H, m, N2, N1]`.
-
-    `out`, if given, is memory `[B, H, P, m]` that they are written to.
-    """
+def unpack_features(config: AttentionConfig, buffer: Tensor, n: int) -> Tensor:
+    """Return the features `[B, H, n, m]` of a buffer of `fft`, `[B, H, m, N2, N1]`."""
     batch, heads, m = buffer.shape[:3]
     split = split_of(config)
     columns = buffer.reshape(batch, heads, m, split.n2, split.q, split.s)
-    natural = columns.permute(0, 1, 5, 4, 3, 2)
-    if out is None:
-        out = torch.empty(batch, heads, config.length, m)
-    out.view(natural.shape).copy_(natural)
-    return out[:, :, :n]
-
-
-def pack_positions(config: AttentionConfig, x: Tensor) -> Tensor:
-    """Return one number for each position, `[B, H, n]`, in the order of a buffer of `fft`: `[B, H, N2, N1]`."""
-    packed = x.new_empty(*x.shape[:2], 1, *feature_shape(config, 1, 1, 1, 1)[3:])
-    pack_features(config, x[..., None], packed)
-    return packed[:, :, 0]
+    return columns.permute(0, 1, 5, 4, 3, 2).reshape(batch, heads, config.length, m)[:, :, :n]
 
 
 def feature_memory(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> Tensor:

@@ -9,11 +9,16 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
-from rpe_tvm.torch.backward import attention_backward, feature_map_gradients, refuse_second_gradients
+from rpe_tvm.torch.backward import (
+    attention_backward,
+    feature_map_gradients,
+    projection_gradient,
+    refuse_second_gradients,
+)
 from rpe_tvm.torch.direct_backward import LONGEST, direct_backward
 from rpe_tvm.torch.dispatch import get_backward, get_operator
 from rpe_tvm.torch.feature_maps import check_feature_map, make_feature_map
-from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, scratch_tensor, unpack_features
+from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, scratch_tensor
 
 torch.library.define(
     "rpe_tvm::kernelized_attention",
@@ -168,16 +173,17 @@ def _kernelized_attention_backward(
     found = attention_backward(
         instance, grad_out, out, phi, last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
     )
-    grad_exponents = found.phi.mul_(phi)  # phi is an exponential
     grad_projection = torch.zeros_like(projection)
     grads = []
-    for x, grad_exponent in zip(inputs, grad_exponents, strict=True):
-        memory = scratch_tensor("exponent", (*x.shape[:2], instance.config.length, projection.shape[0]))
-        natural = unpack_features(instance.config, grad_exponent, x.shape[2], memory)
-        grad_x, part = feature_map_gradients(feature_map, x, projection, natural, of_projection)
+    for x, features, grad_phi in zip(inputs, phi, found.phi, strict=True):
+        positions = grad_phi.shape[3] * grad_phi.shape[4]
+        grad_exponent = scratch_tensor("exponent", (*x.shape[:2], positions, projection.shape[0]))
+        grad_x = torch.empty(x.shape)
+        backward = instance.functions[f"features_{feature_map}_backward"]
+        backward(x, projection, features, grad_phi, grad_exponent, grad_x)
         grads.append(grad_x)
-        if part is not None:
-            grad_projection += part
+        if of_projection:
+            grad_projection += projection_gradient(feature_map, x, grad_exponent[:, :, : x.shape[2]])
     return *grads, found.value, found.rpe_bias, grad_projection
 
 

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 from rpe_tvm import reference  # noqa: E402
 from rpe_tvm.plan import backward, wisdom  # noqa: E402
 from rpe_tvm.plan.buckets import bucket_length  # noqa: E402
+from rpe_tvm.reference.gradients import feature_gradients  # noqa: E402
 from rpe_tvm.torch import core, operators  # noqa: E402
 from rpe_tvm.torch.backward import Gradients  # noqa: E402
 from rpe_tvm.torch.layouts import pack_features, unpack_features  # noqa: E402
@@ -43,7 +44,17 @@ class ReferenceOperator:
 
             return run
 
+        def features_backward(name: str) -> Any:
+            def run(x: Any, projection: Any, phi: Any, grad_phi: Any, grad_exponent: Any, grad_x: Any) -> None:
+                n_x = x.shape[2]
+                natural = unpack_features(config, grad_phi, n_x)
+                grad_exponent[:, :, :n_x] = natural * unpack_features(config, phi, n_x)
+                grad_x.copy_(_tensor(feature_gradients(_array(natural), _array(x), _array(projection), name)[0]))
+
+            return run
+
         functions = {f"features_{name}": features(each) for name, each in _FEATURE_MAPS.items()}
+        functions |= {f"features_{name}_backward": features_backward(name) for name in _FEATURE_MAPS}
         return SimpleNamespace(functions=functions, config=config, tables=None)
 
     def run(

@@ -70,12 +70,11 @@ def fft_denominator_backward(sch: Schedule, config: BackwardConfig) -> None:
     pad_rows(sch, config, last_row, split.n2)
     sch.parallel(sch.fuse(b, h, group))
 
-    # tiles of positions whose products, features as lanes, are transposed in L1
+    # whole rows, whose products, features as lanes, are transposed in L1
     side, b, h, feature, row, column = sch.get_loops(sch.get_sblock("total"))
-    row_outer, row = sch.split(row, [None, largest_divisor(split.n2, 4)])
-    column_outer, column = sch.split(column, [None, largest_divisor(split.n1, 16)])
-    sch.reorder(side, b, h, row_outer, column_outer, feature, row, column)
-    task = sch.fuse(side, b, h, row_outer, column_outer)
+    outer, row = sch.split(row, [None, largest_divisor(split.n2, max(1, 128 // split.n1))])
+    sch.reorder(side, b, h, outer, feature, row, column)
+    task = sch.fuse(side, b, h, outer)
     sch.parallel(task)
     products = sch.get_sblock("products")
     at_consumer(sch, products, task)

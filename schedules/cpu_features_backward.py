@@ -18,14 +18,13 @@ def features_backward(sch: Schedule, config: AttentionConfig, feature_map: Featu
     exponent = sch.get_sblock("grad_exponent")
     b, h, position, feature = sch.get_loops(exponent)
     if config.algorithm == "fft":
-        # tiles whose sources fill cache lines: neighbouring columns of a few rows
+        # a few whole rows of the buffer, which are read in one go for each feature
         split = split_of(config)
         s, q, row = sch.split(position, [split.s, split.q, split.n2])
-        q_outer, q_inner = sch.split(q, [None, largest_divisor(split.q, max(1, 16 // split.s))])
-        row_outer, row_inner = sch.split(row, [None, largest_divisor(split.n2, 4)])
-        sch.reorder(b, h, q_outer, row_outer, feature, row_inner, q_inner, s)
-        sch.unroll(s)
-        sch.parallel(sch.fuse(b, h, q_outer, row_outer))
+        outer, row = sch.split(row, [None, largest_divisor(split.n2, max(1, 2 * ROWS // split.n1))])
+        sch.reorder(b, h, outer, feature, row, q, s)
+        sch.vectorize(s)
+        sch.parallel(sch.fuse(b, h, outer))
     else:
         outer, inner = sch.split(position, [None, ROWS])
         sch.reorder(b, h, outer, feature, inner)

@@ -111,7 +111,7 @@ def _info(args: argparse.Namespace) -> int:
     try:
         from rpe_tvm import build, targets
         from rpe_tvm.build import cache, link
-        from rpe_tvm.plan import wisdom
+        from rpe_tvm.plan import backward, wisdom
     except RpeTvmError as error:
         # Without TVM, or with a version that does not work, compiled libraries still run.
         print(f"\nNothing can be compiled here: {error}")
@@ -126,7 +126,7 @@ def _info(args: argparse.Namespace) -> int:
     target = targets.detect()
     show("target", f"{target.id}, {target.lanes} float32 lanes")
     show("cpu features", " ".join(target.features))
-    records = wisdom.records(target.id)
+    records = wisdom.records(target.id) + wisdom.records(target.id, backward.BackwardConfig)
     show("tuned records", f"{len(records)} for {target.id}")
     for record in records:
         print(

@@ -58,7 +58,7 @@ class Choices:
     score_vectors: int = 4
 
 
-def _tile(sch: Schedule, loop: Loop, inner: int, choices: Choices, largest: int) -> tuple[Loop, Loop]:
+def tiled(sch: Schedule, loop: Loop, inner: int, choices: Choices, largest: int) -> tuple[Loop, Loop]:
     """Split a loop in two by a sampled or a fixed factor."""
     fixed = [None, inner]
     factors = sch.sample_perfect_tile(loop, n=2, max_innermost_factor=largest) if choices.sampled else fixed
@@ -140,7 +140,7 @@ def _circulant_product(
         place(sch, stage, column_loop)
 
     last_row = place(sch, back_rows[-1], product_loop)
-    rows_outer, _ = _tile(sch, sch.get_loops(last_row)[-6], choices.rows, choices, largest=4)
+    rows_outer, _ = tiled(sch, sch.get_loops(last_row)[-6], choices.rows, choices, largest=4)
     if choices.cooperative:
         sch.parallel(rows_outer)
     for stage in reversed(back_rows[:-1]):
@@ -153,7 +153,7 @@ def _circulant_product(
 
     last_column = place(sch, columns[-1], product_loop)
     feature, column = sch.get_loops(last_column)[-7:-5]
-    columns_outer, columns_inner = _tile(sch, column, choices.columns, choices, largest=4)
+    columns_outer, columns_inner = tiled(sch, column, choices.columns, choices, largest=4)
     sch.reorder(columns_outer, feature, columns_inner)
     if choices.cooperative:
         sch.parallel(columns_outer)
@@ -196,8 +196,8 @@ def fft_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> N
     numerator = sch.get_sblock("numerator")
     at_consumer(sch, numerator, task)
     parity, column, q, s, part, lane, feature = sch.get_loops(numerator)[-7:]
-    features_outer, features_inner = _tile(sch, feature, choices.feature_block, choices, largest=4)
-    columns_outer, columns_inner = _tile(sch, column, choices.columns, choices, largest=4)
+    features_outer, features_inner = tiled(sch, feature, choices.feature_block, choices, largest=4)
+    columns_outer, columns_inner = tiled(sch, column, choices.columns, choices, largest=4)
     sch.reorder(parity, features_outer, columns_outer, features_inner, columns_inner, q, s, part, lane)
     # the last stage stays in registers and is added to the output at once
     place(sch, transform("value_back_columns", config.outer[::-1])[-1], q)
@@ -230,14 +230,14 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
     row, vector, lane, block = sch.get_loops(sums)[-4:]
     # a tile of values serves all query rows of the tile, a buffer of weighted scores 64 of them
     score_tile, row = sch.split(row, [None, min(config.tile[0], 64)])
-    rows_outer, rows_inner = _tile(sch, row, choices.row_block, choices, largest=8)
+    rows_outer, rows_inner = tiled(sch, row, choices.row_block, choices, largest=8)
     sch.reorder(block, score_tile, rows_outer, rows_inner, vector, lane)
     for name in ("row_sum", "product"):
         at_consumer(sch, sch.get_sblock(name), rows_outer)
     weighted = sch.get_sblock("weighted")
     at_consumer(sch, weighted, score_tile)
     i, j = sch.get_loops(weighted)[-2:]
-    i_outer, i_inner = _tile(sch, i, choices.score_rows, choices, largest=8)
+    i_outer, i_inner = tiled(sch, i, choices.score_rows, choices, largest=8)
     j_outer, j_inner = sch.split(j, [None, choices.score_vectors * config.lanes])
     sch.reorder(j_outer, i_outer, i_inner, j_inner)
     scores = sch.get_sblock("scores")

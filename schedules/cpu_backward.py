@@ -10,7 +10,7 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.schedules.cpu import Loop, at_consumer, pad_rows, place, transform, vectorize
+from rpe_tvm.schedules.cpu import Choices, Loop, at_consumer, pad_rows, place, tiled, transform, vectorize
 
 
 def _fold_in_registers(sch: Schedule, name: str, lanes: int, loop: Loop, unrolled: int) -> None:
@@ -25,8 +25,11 @@ def _fold_in_registers(sch: Schedule, name: str, lanes: int, loop: Loop, unrolle
         vectorize(sch, block, unrolled)
 
 
-def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
-    """Schedule `te.fft_backward`: parallel over (batch, head, part), one feature after the other."""
+def fft_backward(sch: Schedule, config: BackwardConfig, choices: Choices) -> None:
+    """Schedule `te.fft_backward`: parallel over (batch, head, part), one feature after the other.
+
+    Of the choices `sampled`, `pad`, `columns` and `rows` count.
+    """
     split = split_of(config)
     columns, rows = transform("pair_columns", config.outer), transform("pair_rows", config.inner)
     back_rows = transform("pair_back_rows", config.inner[::-1])
@@ -48,8 +51,9 @@ def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
     position = sch.get_loops(grad_phi)[-1]
     _fold_in_registers(sch, "dots", config.lanes, position, unrolled=0)
     sch.unroll(position)
+    columns_outer, _ = tiled(sch, column, choices.columns, choices, largest=4)
     for stage in reversed(back_columns):
-        place(sch, stage, column)
+        place(sch, stage, columns_outer)
 
     # the last inverse stage of a row and the correlation share the rows' spectra
     last_row = place(sch, back_rows[-1], feature, preserve_unit_loops=False)
@@ -60,13 +64,15 @@ def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
     *_, frequency, part = sch.get_loops(correlation)
     _fold_in_registers(sch, "crossed", config.lanes, frequency, unrolled=1)
     sch.unroll(part)
+    rows_outer, _ = tiled(sch, row, choices.rows, choices, largest=4)
     for stage in (*reversed(back_rows[:-1]), *reversed(rows)):
-        place(sch, stage, row)
+        place(sch, stage, rows_outer)
     last_column = place(sch, columns[-1], feature)
     side, column_before = sch.get_loops(last_column)[-7:-5]
-    sch.reorder(column_before, side)
+    columns_before, column_before = tiled(sch, column_before, choices.columns, choices, largest=4)
+    sch.reorder(columns_before, column_before, side)
     for stage in reversed(columns[:-1]):
-        place(sch, stage, column_before)
+        place(sch, stage, columns_before)
     at_consumer(sch, sch.get_sblock("packed"), parity)
     sch.parallel(task)
 
@@ -76,8 +82,9 @@ def fft_backward(sch: Schedule, config: BackwardConfig) -> None:
     sch.decompose_reduction(correlation, group)
     sch.decompose_reduction(grad_phi, group)
 
-    pad_rows(sch, config, last_column, split.n1)
-    pad_rows(sch, config, last_row, split.n2)
+    if choices.pad:
+        pad_rows(sch, config, last_column, split.n1)
+        pad_rows(sch, config, last_row, split.n2)
 
     b, h, j, channel = sch.get_loops(sch.get_sblock("grad_value"))
     outer, _ = sch.split(j, [None, 64])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.schedules import cpu, cpu_backward, cpu_denominator_backward, cpu_features_backward, cpu_toeplitz
@@ -15,7 +16,6 @@ features = cpu.features
 direct_weights = cpu.direct_weights
 fft_weights = cpu.fft_weights
 features_backward = cpu_features_backward.features_backward
-fft_backward = cpu_backward.fft_backward
 fft_row_weights = cpu_denominator_backward.fft_row_weights
 fft_denominator_backward = cpu_denominator_backward.fft_denominator_backward
 plain_weights = cpu.spectrum
@@ -38,31 +38,33 @@ def default_choices(config: AttentionConfig) -> Choices:
     return Choices(row_block=row_block, vectors=vectors, score_rows=8, score_vectors=1)
 
 
-def attention(sch: Schedule, config: AttentionConfig) -> None:
-    """Apply the default schedule of the attention function; it needs no tuned record."""
-    schedule_attention(sch, config, default_choices(config))
+def default(sch: Schedule, config: AttentionConfig) -> None:
+    """Apply the default schedule of the tuned function of an operator; it needs no record."""
+    schedule(sch, config, default_choices(config))
 
 
-def schedule_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
-    """Apply the schedule of the config's algorithm with these decisions."""
-    if config.algorithm == "direct":
+def schedule(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
+    """Apply the schedule of the config's operator and algorithm with these decisions."""
+    if isinstance(config, BackwardConfig):
+        cpu_backward.fft_backward(sch, config, choices)
+    elif config.algorithm == "direct":
         cpu.direct_attention(sch, config, choices)
     else:
         cpu.fft_attention(sch, config, choices)
 
 
-def attention_space(sch: Schedule, config: AttentionConfig) -> list[Schedule]:
-    """Return the design spaces of the attention function for MetaSchedule, tile sizes as `sample_*` decisions."""
-    default = replace(default_choices(config), sampled=True)
+def space(sch: Schedule, config: AttentionConfig) -> list[Schedule]:
+    """Return the design spaces of the tuned function for MetaSchedule, tile sizes as `sample_*` decisions."""
+    sampled = replace(default_choices(config), sampled=True)
     if config.algorithm == "fft":
-        alternatives = [default, replace(default, pad=False)]
+        alternatives = [sampled, replace(sampled, pad=False)]
     else:
-        alternatives = [replace(default, score_vectors=vectors) for vectors in (1, 2, 4)]
+        alternatives = [replace(sampled, score_vectors=vectors) for vectors in (1, 2, 4)]
     spaces = []
     for choices in alternatives:
-        space = sch.copy()
-        schedule_attention(space, config, choices)
-        spaces.append(space)
+        found = sch.copy()
+        schedule(found, config, choices)
+        spaces.append(found)
     return spaces
 
 

@@ -165,7 +165,7 @@ def _lower(config: Config, target: TargetSpec) -> Lowered:
     if isinstance(config, ToeplitzConfig):
         return lower_toeplitz.lower(config)
     if isinstance(config, BackwardConfig):
-        return lower_backward.lower(config)
+        return lower_backward.lower(config, target)
     return lower.lower(config, target)
 
 

@@ -12,17 +12,13 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.build import records
 from rpe_tvm.build.parameters import relax_parameters
+from rpe_tvm.build.workloads import STRIDED, function_of, tuning_workload
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules import x86
 from rpe_tvm.targets import TargetSpec
 from rpe_tvm.te import shapes
-from rpe_tvm.te.direct_attention import direct_attention
 from rpe_tvm.te.features import FEATURE_MAPS, features
-from rpe_tvm.te.fft_attention import fft_attention
 from rpe_tvm.te.weights import direct_weights, fft_weights
-
-TUNING_HEADS = 4
-STRIDED = frozenset(("x", "value", "out"))
 
 
 @dataclass(frozen=True)
@@ -31,18 +27,6 @@ class Lowered:
 
     mod: tvm.IRModule
     schedule: Mapping[str, Any]
-
-
-def attention_function(config: AttentionConfig, sizes: shapes.Sizes) -> tvm.tirx.PrimFunc:
-    """Return the unscheduled attention function: the workload of tuning where `sizes` are fixed."""
-    operator = direct_attention if config.algorithm == "direct" else fft_attention
-    function = te.create_prim_func(operator(config, sizes))
-    return relax_parameters(function, STRIDED if sizes.is_symbolic else frozenset())
-
-
-def tuning_workload(config: AttentionConfig) -> tvm.tirx.PrimFunc:
-    """Return the attention function of constant sizes that MetaSchedule tunes: batch 1, four heads, a full bucket."""
-    return attention_function(config, shapes.fixed(config, 1, TUNING_HEADS))
 
 
 def preparing_functions(config: AttentionConfig) -> dict[str, tvm.tirx.PrimFunc]:
@@ -80,14 +64,16 @@ def lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
         For which CPU.
     """
     functions = preparing_functions(config)
-    sch = Schedule(attention_function(config, shapes.symbolic()))
+    functions["attention"], schedule = tuned_function(config, target)
+    return Lowered(tvm.IRModule(functions), schedule)
+
+
+def tuned_function(config: AttentionConfig, target: TargetSpec) -> tuple[tvm.tirx.PrimFunc, Mapping[str, Any]]:
+    """Return the function named as the config's operator, scheduled, and where its schedule comes from."""
+    sch = Schedule(function_of(config, shapes.symbolic()))
     record = records.find(config, target.id, tuning_workload)
     if record is None:
-        x86.attention(sch, config)
-    else:
-        record.replay(sch)
-    functions["attention"] = named(sch, "attention")
-    return Lowered(
-        tvm.IRModule(functions),
-        {"source": "default"} if record is None else {"source": "tuned", **record.provenance},
-    )
+        x86.default(sch, config)
+        return named(sch, config.op), {"source": "default"}
+    record.replay(sch)
+    return named(sch, config.op), {"source": "tuned", **record.provenance}

@@ -6,21 +6,20 @@ import tvm
 from tvm import te
 from tvm.s_tir import Schedule
 
-from rpe_tvm.build.lower import Lowered, named, preparing_functions
+from rpe_tvm.build.lower import Lowered, named, preparing_functions, tuned_function
 from rpe_tvm.build.parameters import relax_parameters
+from rpe_tvm.build.workloads import STRIDED
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.schedules import x86
+from rpe_tvm.targets import TargetSpec
 from rpe_tvm.te import shapes
 from rpe_tvm.te.denominator_backward import fft_denominator_backward, fft_row_weights
 from rpe_tvm.te.features import FEATURE_MAPS
 from rpe_tvm.te.features_backward import features_backward
-from rpe_tvm.te.fft_backward import fft_backward
-
-STRIDED = frozenset(("x", "value", "grad_out", "out", "grad_value"))
 
 
-def lower(config: BackwardConfig) -> Lowered:
-    """Return the functions of `preparing_functions` and of the gradients, scheduled.
+def lower(config: BackwardConfig, target: TargetSpec) -> Lowered:
+    """Return the functions of `preparing_functions` and of the gradients, scheduled; arguments as of `lower.lower`.
 
     Features and weights are computed again, in the layout of this config: that of the forward pass may be another.
     """
@@ -29,15 +28,15 @@ def lower(config: BackwardConfig) -> Lowered:
         sch = _unscheduled(features_backward(config, shapes.symbolic(), feature_map))
         x86.features_backward(sch, config, feature_map)
         functions[f"features_{feature_map}_backward"] = named(sch, f"features_{feature_map}_backward")
-    for name, expressions, schedule in (
+    for name, expressions, apply in (
         ("row_weights", fft_row_weights, x86.fft_row_weights),
-        ("backward", fft_backward, x86.fft_backward),
         ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
     ):
         sch = _unscheduled(expressions(config, shapes.symbolic()))
-        schedule(sch, config)
+        apply(sch, config)
         functions[name] = named(sch, name)
-    return Lowered(tvm.IRModule(functions), {"source": "default"})
+    functions["backward"], schedule = tuned_function(config, target)
+    return Lowered(tvm.IRModule(functions), schedule)
 
 
 def _unscheduled(arguments: list[te.Tensor]) -> Schedule:

@@ -69,18 +69,22 @@ class Record:
 
 def path_of(config: AttentionConfig, target_id: str) -> Path:
     """Return the file of a config's record."""
-    return wisdom.directory(target_id) / "records" / f"{config.name}.json"
+    return wisdom.directory(target_id, config.op) / "records" / f"{config.name}.json"
 
 
-def read(path: Path) -> Record:
-    """Read one record."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
+def from_json(fields: Mapping[str, Any], kind: type[AttentionConfig]) -> Record:
+    """Return the record that `Record.to_json` wrote; `kind` is the class of its config."""
     return Record(
-        AttentionConfig.from_json(fields["config"]),
+        kind.from_json(fields["config"]),
         fields["workload_hash"],
         fields["record"],
         fields["provenance"],
     )
+
+
+def read(path: Path, kind: type[AttentionConfig]) -> Record:
+    """Read one record."""
+    return from_json(json.loads(path.read_text(encoding="utf-8")), kind)
 
 
 def workload_hash(function: tvm.tirx.PrimFunc) -> str:
@@ -95,7 +99,7 @@ def find(
     path = path_of(config, target_id)
     if not path.exists():
         return None
-    record = read(path)
+    record = read(path, type(config))
     if record.config != config or record.workload_hash != workload_hash(make_workload(config)):
         return None
     return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.buckets import bucket_length
@@ -33,7 +33,20 @@ class BackwardConfig(AttentionConfig):
         return 2 if groups % 2 == 0 else 1
 
 
-def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
-    """Return the config of the gradients for up to `n` positions; arguments as of `wisdom.choose`."""
-    fft = wisdom.fft_config(num_features, head_dim, bucket_length(n), wisdom.fft_lanes(target_id, lanes))
+def rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
+    """Return the config of a bucket from operation counts alone; arguments as of `wisdom.rule`."""
+    fft = wisdom.fft_config(num_features, head_dim, length, wisdom.fft_lanes(target_id, lanes))
     return BackwardConfig(num_features, head_dim, fft.length, "fft", fft.outer, fft.inner, lanes=fft.lanes)
+
+
+def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
+    """Return the config of the gradients for up to `n` positions: what was measured for its bucket, else the rule's.
+
+    Arguments are as of `wisdom.choose`.
+    """
+    length = bucket_length(n)
+    for measured in wisdom.records(target_id, BackwardConfig):
+        config = measured.config
+        if (config.length, config.num_features, config.head_dim) == (length, num_features, head_dim):
+            return cast(BackwardConfig, config)
+    return rule(target_id, length, num_features, head_dim, lanes)

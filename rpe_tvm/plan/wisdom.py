@@ -38,19 +38,19 @@ class Wisdom:
     default_ms: float
 
 
-def directory(target_id: str) -> Path:
-    """Return where the tuning logs of a target are shipped."""
-    return LOGS / target_id / "attention"
+def directory(target_id: str, op: str) -> Path:
+    """Return where the tuning logs of a target and an operator are shipped."""
+    return LOGS / target_id / op
 
 
 @functools.cache
-def records(target_id: str) -> tuple[Wisdom, ...]:
-    """Return the measured choices that are shipped for a target, empty if there are none."""
-    path = directory(target_id) / "wisdom.json"
+def records(target_id: str, kind: type[AttentionConfig] = AttentionConfig) -> tuple[Wisdom, ...]:
+    """Return the measured choices that are shipped for a target and the operator of `kind`, empty if there are none."""
+    path = directory(target_id, kind.op) / "wisdom.json"
     if not path.exists():
         return ()
     entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["entries"]
-    return tuple(Wisdom(AttentionConfig.from_json(e["config"]), e["ms"], e["default_ms"]) for e in entries)
+    return tuple(Wisdom(kind.from_json(e["config"]), e["ms"], e["default_ms"]) for e in entries)
 
 
 def greedy_radices(points: int) -> tuple[int, ...] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rpe_tvm.plan import wisdom
+from rpe_tvm.build.workloads import TUNED
+from rpe_tvm.plan import backward, wisdom
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.targets import TargetSpec
 
@@ -11,10 +13,19 @@ DIRECT_LONGEST, FFT_SHORTEST = 3072, 512
 TILES = ((64, 64), (128, 64), (64, 128), (32, 64))
 
 
-def candidates(target: TargetSpec, length: int, num_features: int, head_dim: int) -> list[AttentionConfig]:
-    """Return direct configs with several tiles and fft configs with several factorisations and lane counts."""
+def rule(op: str, target: TargetSpec, length: int, num_features: int, head_dim: int) -> AttentionConfig:
+    """Return what the plan takes where nothing was measured."""
+    find = backward.rule if op == BackwardConfig.op else wisdom.rule
+    return find(target.id, length, num_features, head_dim, target.lanes)
+
+
+def candidates(op: str, target: TargetSpec, length: int, num_features: int, head_dim: int) -> list[AttentionConfig]:
+    """Return direct configs with several tiles and fft configs with several factorisations and lane counts.
+
+    Of the gradients only those by FFT are tuned.
+    """
     found: list[AttentionConfig] = []
-    if length <= DIRECT_LONGEST:
+    if length <= DIRECT_LONGEST and op == AttentionConfig.op:
         lanes = target.lanes
         found += [AttentionConfig(num_features, head_dim, length, "direct", tile=tile, lanes=lanes) for tile in TILES]
     if length >= FFT_SHORTEST:
@@ -22,6 +33,6 @@ def candidates(target: TargetSpec, length: int, num_features: int, head_dim: int
             if head_dim % (2 * lanes):
                 continue
             for outer, inner in wisdom.factorisations(length, 3):
-                found.append(AttentionConfig(num_features, head_dim, length, "fft", outer, inner, lanes=lanes))
-    default = wisdom.rule(target.id, length, num_features, head_dim, target.lanes)
+                found.append(TUNED[op](num_features, head_dim, length, "fft", outer, inner, lanes=lanes))
+    default = rule(op, target, length, num_features, head_dim)
     return found if default in found else [default, *found]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rpe_tvm import targets
+from rpe_tvm.build.workloads import TUNED
 from rpe_tvm.errors import RpeTvmError
 from rpe_tvm.plan import wisdom
+from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.tune.session import Run, tune
 
 
@@ -45,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         description="Measure which algorithm and factorisation is fastest at which length on this CPU, tune its "
         "schedule with MetaSchedule, and add the result to the tuning logs that the package uses."
     )
+    options.add_argument("--op", choices=TUNED, default=AttentionConfig.op, help="what to tune (default attention)")
     options.add_argument("--preset", choices=PRESETS, default="default", help="lengths, features and budgets")
     options.add_argument("--lengths", type=numbers, help="sequence lengths, as 512,1024")
     options.add_argument("--features", type=numbers, help="numbers of features m, as 16,32")
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     preset = PRESETS[options.preset]
     run = Run(
+        op=options.op,
         target=targets.detect(),
         lengths=options.lengths or preset.lengths,
         features=options.features or preset.features,
@@ -75,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         work_dir=options.work_dir.resolve(),
         logs=options.logs.resolve(),
     )
-    print(f"Tuning for {run.target.id} with {run.threads} threads: {len(run.pairs)} pairs of length and features")
+    print(
+        f"Tuning {run.op} for {run.target.id} with {run.threads} threads: {len(run.pairs)} pairs of length and features"
+    )
     try:
         tune(run, resume=options.resume)
     except RpeTvmError as error:
@@ -84,5 +90,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Finished records are kept; go on with --resume.", file=sys.stderr)
         return 130
-    print(f"Logs: {run.logs / run.target.id}. See them with: python -m rpe_tvm info")
+    print(f"Logs: {run.logs / run.target.id / run.op}. See them with: python -m rpe_tvm info")
     return 0

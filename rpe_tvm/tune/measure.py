@@ -1,4 +1,4 @@
-"""Times compiled attention functions in a process of its own: `python -m rpe_tvm.tune.measure JOB.json`.
+"""Times compiled functions in a process of its own: `python -m rpe_tvm.tune.measure JOB.json`.
 
 A process of its own, because a bad candidate may crash, and without tvm, because that is how libraries are used. The
 job names libraries with files of `tune.inputs`, threads and seconds; the answer is one JSON line on standard output.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# relative RMS error over the checked rows; right candidates are at about 3e-7
+# relative RMS error over what is checked of an output; right candidates are at about 3e-7
 TOLERANCE = 1e-5
 ROUNDS = 5
 
@@ -38,7 +38,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A compiled attention function and the file of `tune.inputs` with its arguments."""
+    """A compiled function and the file of `tune.inputs` with its arguments."""
 
     library: Path
     inputs: Path
@@ -91,17 +91,27 @@ def _main(job: dict[str, Any]) -> list[dict[str, Any]]:
         return copy
 
     files = {path: np.load(path) for path in {inputs for _, inputs in job["contestants"]}}
-    arguments = {path: [aligned(file[f"argument{k}"]) for k in range(5)] for path, file in files.items()}
+
+    def numbered(file: Any, name: str) -> list[Any]:
+        return [file[f"{name}{k}"] for k in range(sum(key.startswith(name) for key in file))]
+
+    arguments = {path: [aligned(each) for each in numbered(file, "argument")] for path, file in files.items()}
     calls: list[Callable[[], Any]] = []
     answers: list[dict[str, Any]] = []
     for library, inputs in job["contestants"]:
         function, arrays, file = tvm_ffi.load_module(library)["main"], arguments[inputs], files[inputs]
-        out = aligned_empty(arrays[2].shape)
-        out[...] = np.nan
-        call = functools.partial(function, *arrays, out)
+        outputs = [aligned_empty(tuple(shape)) for shape in numbered(file, "shape")]
+        for output in outputs:
+            output[...] = np.nan
+        call = functools.partial(function, *arrays, *outputs)
         call()
-        expected = file["expected"]
-        error = float(np.linalg.norm(out[0][:, file["rows"]] - expected) / np.linalg.norm(expected))
+        errors = [
+            float(np.linalg.norm(output.ravel()[index].sum(-1, dtype=float) - expected) / np.linalg.norm(expected))
+            for output, index, expected in zip(
+                outputs, numbered(file, "index"), numbered(file, "expected"), strict=True
+            )
+        ]
+        error = max(errors, key=lambda each: np.inf if np.isnan(each) else each)
         # written so that NaN fails
         failure = "" if error <= TOLERANCE else f"wrong result: relative error {error:.1e}, allowed {TOLERANCE:.0e}"
         calls.append(call)

@@ -17,7 +17,7 @@ import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
-from rpe_tvm.build.lower import tuning_workload
+from rpe_tvm.build.workloads import tuning_workload
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules import x86
@@ -126,7 +126,7 @@ def search(
     settings: Settings,
     progress: Progress,
 ) -> list[Any]:
-    """Tune the attention function of a config and return the valid records, the fastest first.
+    """Tune the function of a config and return the valid records, the fastest first.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def search(
         population_size=2 * BATCH, init_min_unmeasured=BATCH, genetic_num_iters=2, genetic_max_fail_count=2
     )
     space = ms.space_generator.ScheduleFn(
-        lambda sch: x86.attention_space(sch, config),
+        lambda sch: x86.space(sch, config),
         sch_rules=[],
         postprocs=[],
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},

@@ -14,16 +14,15 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.build import records
 from rpe_tvm.build.files import write_json
-from rpe_tvm.build.lower import TUNING_HEADS, tuning_workload
+from rpe_tvm.build.workloads import TUNED, TUNING_HEADS, tuning_workload
 from rpe_tvm.errors import TuningError
-from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules import x86
 from rpe_tvm.targets import TargetSpec, to_tvm
 from rpe_tvm.tune import inputs, store
 from rpe_tvm.tune.builder import build_schedules
-from rpe_tvm.tune.candidates import candidates
+from rpe_tvm.tune.candidates import candidates, rule
 from rpe_tvm.tune.measure import Contestant, Timing, measure
 from rpe_tvm.tune.runner import Settings
 from rpe_tvm.tune.search import search
@@ -40,6 +39,8 @@ class Run:
 
     Parameters
     ----------
+    op : {"attention", "backward"}
+        The operator.
     target : TargetSpec
         The CPU of this machine.
     lengths, features : tuple of int
@@ -56,6 +57,7 @@ class Run:
         Directory of tuning logs that finished pairs are added to.
     """
 
+    op: str
     target: TargetSpec
     lengths: tuple[int, ...]
     features: tuple[int, ...]
@@ -85,7 +87,7 @@ def tune(run: Run, *, resume: bool) -> None:
     TuningError
         If the work directory holds another run's results and `resume` is not set, or if a pair has no valid candidate.
     """
-    directory = run.work_dir / run.target.id
+    directory = run.work_dir / run.target.id / run.op
     if directory.exists() and not resume:
         raise TuningError(
             f"{directory} holds results of an earlier run. Add --resume to go on with it, or give another --work-dir."
@@ -101,21 +103,15 @@ def tune(run: Run, *, resume: bool) -> None:
             _publish(run, result)
             entry = result["entry"]
             tqdm.write(
-                f"n={length} m={num_features}: {AttentionConfig.from_json(entry['config']).description} "
+                f"n={length} m={num_features}: {TUNED[run.op].from_json(entry['config']).description} "
                 f"{entry['ms']:.2f} ms; default schedule {entry['default_ms']:.2f} ms, "
                 f"rule {entry['rule_ms']:.2f} ms, {result['trials']} trials"
             )
 
 
 def _publish(run: Run, result: dict[str, Any]) -> None:
-    fields = result["record"]
-    record = records.Record(
-        AttentionConfig.from_json(fields["config"]),
-        fields["workload_hash"],
-        fields["record"],
-        fields["provenance"],
-    )
-    store.publish(run.logs / run.target.id / "attention", result["entry"], record, result["where"])
+    record = records.from_json(result["record"], TUNED[run.op])
+    store.publish(run.logs / run.target.id / run.op, result["entry"], record, result["where"])
 
 
 def _save_inputs(config: AttentionConfig, place: Path) -> Path:
@@ -129,7 +125,7 @@ def _save_inputs(config: AttentionConfig, place: Path) -> Path:
 
 def _default(config: AttentionConfig) -> Schedule:
     sch = Schedule(tuning_workload(config))
-    x86.attention(sch, config)
+    x86.default(sch, config)
     return sch
 
 
@@ -173,8 +169,8 @@ def _tune_pair(run: Run, length: int, num_features: int, place: Path, bar: Any) 
         progress=progress,
     )
     bar.set_postfix_str(f"{best.description}: finalists")
-    rule = wisdom.rule(run.target.id, length, num_features, run.head_dim, run.target.lanes)
-    entrants = [(rule, _default(rule)), (best, _default(best)), *_finalists(best, found)]
+    ruled = rule(run.op, run.target, length, num_features, run.head_dim)
+    entrants = [(ruled, _default(ruled)), (best, _default(best)), *_finalists(best, found)]
     times = _race(run, entrants, place)
     rule_ms, default_ms = (1e3 * timing.best for _, _, timing in times[:2])
     # over all of them: where the screening was misled by noise, the rule's config can still win
@@ -189,7 +185,7 @@ def _tune_pair(run: Run, length: int, num_features: int, place: Path, bar: Any) 
             "ms": round(1e3 * timing.best, 4),
             "default_ms": round(default_ms, 4),
             "rule_ms": round(rule_ms, 4),
-            "rule": rule.description,
+            "rule": ruled.description,
             "candidates": [
                 {"description": config.description, "lanes": config.lanes, "default_ms": round(ms, 4)}
                 for config, ms in screened
@@ -207,12 +203,12 @@ def _screen(
     """Time all candidate configs on their default schedule; return the best one and all times in ms."""
     known = store.read_json(place / "screen.json")
     if known is None:
-        configs = candidates(run.target, length, num_features, run.head_dim)
+        configs = candidates(run.op, run.target, length, num_features, run.head_dim)
         bar.set_postfix_str(f"{len(configs)} candidates on the default schedule")
         times = _race(run, [(config, _default(config)) for config in configs], place)
         known = [[config.to_json(), 1e3 * timing.best] for config, _, timing in times]
         write_json(place / "screen.json", known)
-    screened = [(AttentionConfig.from_json(fields), float(ms)) for fields, ms in known]
+    screened = [(TUNED[run.op].from_json(fields), float(ms)) for fields, ms in known]
     return min(screened, key=lambda item: item[1])[0], screened
 
 

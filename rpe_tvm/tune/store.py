@@ -76,4 +76,4 @@ def publish(directory: Path, entry: Mapping[str, Any], record: Record, where: Ma
     write_json(directory / "wisdom.json", {"format": FORMAT, "entries": entries})
     files = sorted(path for path in directory.rglob("*.json") if path.name != "manifest.json")
     hashes = {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    write_json(directory / "manifest.json", {"format": FORMAT, "op": "attention", **where, "files": hashes})
+    write_json(directory / "manifest.json", {"format": FORMAT, "op": record.config.op, **where, "files": hashes})

@@ -11,8 +11,9 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm import targets
 from rpe_tvm.build import records
-from rpe_tvm.build.lower import TUNING_HEADS, attention_function, tuning_workload
+from rpe_tvm.build.workloads import TUNED, TUNING_HEADS, function_of, tuning_workload
 from rpe_tvm.plan import wisdom
+from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.te import shapes
 from rpe_tvm.tune import inputs
 from rpe_tvm.tune.builder import build_schedules
@@ -27,11 +28,12 @@ def main(logs: Path = wisdom.LOGS) -> int:
     """
     faults = count = 0
     here = targets.detect().id
-    for directory in sorted(path.parent for path in logs.glob("*/attention/manifest.json")):
+    for directory in sorted(path.parent for path in logs.glob("*/*/manifest.json")):
         target_id = directory.parent.name
         hashes = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["files"]
         for path in sorted(directory.glob("records/*.json")):
-            fault = _fault(path, hashes.get(str(path.relative_to(directory))), target_id, run=target_id == here)
+            kind, sha256 = TUNED[directory.name], hashes.get(str(path.relative_to(directory)))
+            fault = _fault(path, kind, sha256, target_id, run=target_id == here)
             ran = "found, replays, right" if target_id == here else "found, replays (another CPU: not run)"
             print(f"{target_id} {path.stem}: {fault or ran}", flush=True)
             faults += bool(fault)
@@ -40,16 +42,16 @@ def main(logs: Path = wisdom.LOGS) -> int:
     return min(faults, 1)
 
 
-def _fault(path: Path, sha256: str | None, target_id: str, run: bool) -> str:
+def _fault(path: Path, kind: type[AttentionConfig], sha256: str | None, target_id: str, run: bool) -> str:
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         return "its SHA-256 is not the manifest's"
-    record = records.read(path)
+    record = records.read(path, kind)
     config = record.config
     if records.find(config, target_id, tuning_workload) is None:
         return "not found: the workload's hash is another one; tune again"
-    if config not in [entry.config for entry in wisdom.records(target_id)]:
+    if config not in [entry.config for entry in wisdom.records(target_id, kind)]:  # type: ignore[arg-type]  # hashable
         return "the wisdom table names another config"
-    sch = Schedule(attention_function(config, shapes.symbolic()))
+    sch = Schedule(function_of(config, shapes.symbolic()))
     record.replay(sch)
     if not run:
         return ""

@@ -7,7 +7,7 @@ import pytest
 from tvm.s_tir import Schedule
 
 from rpe_tvm import build, reference, runtime, targets
-from rpe_tvm.build.lower import tuning_workload
+from rpe_tvm.build.workloads import tuning_workload
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules import x86
@@ -68,7 +68,7 @@ def test_sixteen_lanes_and_a_one_stage_split():
 )
 def test_design_spaces_have_decisions_and_replay(config):
     workload = tuning_workload(config)
-    spaces = x86.attention_space(Schedule(workload), config)
+    spaces = x86.space(Schedule(workload), config)
     assert len(spaces) > 1
     for space in spaces:
         decisions = space.trace.decisions

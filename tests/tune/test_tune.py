@@ -14,7 +14,8 @@ import pytest
 from rpe_tvm import targets
 from rpe_tvm.build import records
 from rpe_tvm.build.files import write_json
-from rpe_tvm.build.lower import TUNING_HEADS, lower, tuning_workload
+from rpe_tvm.build.lower import lower
+from rpe_tvm.build.workloads import TUNING_HEADS, tuning_workload
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.config import AttentionConfig
@@ -41,7 +42,7 @@ def logs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, logs):
-    return session.Run(TARGET, (64,), (8,), 16, 4, 60.0, 1, tmp_path / "work", logs)
+    return session.Run("attention", TARGET, (64,), (8,), 16, 4, 60.0, 1, tmp_path / "work", logs)
 
 
 def options(run):
@@ -62,7 +63,7 @@ def test_a_run_ships_a_record_that_lower_finds_and_verify_accepts(run, capfd):
     # the work directory is protected; with --resume nothing is measured again
     assert main(options(run)) == 1
     assert "Add --resume" in capfd.readouterr().err
-    database = run.work_dir / TARGET.id / "n64-m8-d16" / "database" / "database_tuning_record.json"
+    database = run.work_dir / TARGET.id / "attention" / "n64-m8-d16" / "database" / "database_tuning_record.json"
     before = database.read_bytes()
     assert main([*options(run), "--resume"]) == 0
     assert database.read_bytes() == before
@@ -83,7 +84,7 @@ def test_a_killed_run_keeps_its_finished_trials(run):
     command[command.index("--trials") + 1] = "400"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        database = run.work_dir / TARGET.id / "n64-m8-d16" / "database" / "database_tuning_record.json"
+        database = run.work_dir / TARGET.id / "attention" / "n64-m8-d16" / "database" / "database_tuning_record.json"
         deadline = time.monotonic() + 300
         while not (database.exists() and database.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -99,7 +100,7 @@ def test_wrong_candidates_are_never_timed(tmp_path):
     file = tmp_path / "inputs.npz"
     inputs.save(config, TUNING_HEADS, file)
     data = dict(np.load(file))
-    data["expected"] = data["expected"] * 1.001
+    data["expected0"] = data["expected0"] * 1.001
     wrong = tmp_path / "wrong.npz"
     np.savez(wrong, **data)
     (library,) = build_schedules([session._default(config)], session.tvm_target(_run(tmp_path)), 1)
@@ -111,7 +112,7 @@ def test_wrong_candidates_are_never_timed(tmp_path):
 
 
 def _run(tmp_path):
-    return session.Run(TARGET, (64,), (8,), 16, 4, 60.0, 1, tmp_path / "work", tmp_path / "logs")
+    return session.Run("attention", TARGET, (64,), (8,), 16, 4, 60.0, 1, tmp_path / "work", tmp_path / "logs")
 
 
 def test_a_crashing_candidate_is_a_failure_with_a_reason(tmp_path):
@@ -127,7 +128,7 @@ def test_nothing_valid_is_an_error_that_shows_the_first_one(tmp_path, monkeypatc
     file = tmp_path / "inputs.npz"
     inputs.save(config, TUNING_HEADS, file)
     data = dict(np.load(file))
-    data["expected"] = data["expected"] + 1.0
+    data["expected0"] = data["expected0"] + 1.0
     np.savez(file, **data)
     with pytest.raises(TuningError, match="No candidate of attention-m8-d16-n64 .* First error: wrong result"):
         search.search(

@@ -126,7 +126,7 @@ def _info(args: argparse.Namespace) -> int:
     target = targets.detect()
     show("target", f"{target.id}, {target.lanes} float32 lanes")
     show("cpu features", " ".join(target.features))
-    records = wisdom.records(target.id) + wisdom.records(target.id, backward.BackwardConfig)
+    records = [*wisdom.records(target.id), *wisdom.records(target.id, backward.BackwardConfig)]
     show("tuned records", f"{len(records)} for {target.id}")
     for record in records:
         print(

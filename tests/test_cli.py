@@ -41,7 +41,7 @@ def naive_operators(
 
 
 def test_info(cache_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wisdom, "records", lambda target_id: ())
+    monkeypatch.setattr(wisdom, "records", lambda *_: ())
     assert cli.main(["info"]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert lines["rpe_tvm"] == __version__
@@ -55,7 +55,7 @@ def test_info_lists_records(
     cache_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = AttentionConfig(32, 64, 4096, "fft", (8, 8), (8, 8))
-    monkeypatch.setattr(wisdom, "records", lambda target_id: (wisdom.Wisdom(config, 31.5, 40.25),))
+    monkeypatch.setattr(wisdom, "records", lambda *_: (wisdom.Wisdom(config, 31.5, 40.25),))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out

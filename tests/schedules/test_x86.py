@@ -9,6 +9,7 @@ from tvm.s_tir import Schedule
 from rpe_tvm import build, reference, runtime, targets
 from rpe_tvm.build.workloads import tuning_workload
 from rpe_tvm.plan import wisdom
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules import x86
 
@@ -63,8 +64,12 @@ def test_sixteen_lanes_and_a_one_stage_split():
 
 @pytest.mark.parametrize(
     "config",
-    [AttentionConfig(16, 16, 64, "fft", (8,), (8,), lanes=8), AttentionConfig(16, 16, 64, "direct", tile=(64, 64))],
-    ids=lambda config: config.algorithm,
+    [
+        AttentionConfig(16, 16, 64, "fft", (8,), (8,), lanes=8),
+        AttentionConfig(16, 16, 64, "direct", tile=(64, 64)),
+        BackwardConfig(16, 16, 64, "fft", (8,), (8,), lanes=8),
+    ],
+    ids=lambda config: f"{config.op} {config.algorithm}",
 )
 def test_design_spaces_have_decisions_and_replay(config):
     workload = tuning_workload(config)

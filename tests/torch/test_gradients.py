@@ -145,6 +145,16 @@ def test_gradients_that_are_zero_by_cancellation(algorithm, feature_map, is_caus
     assert query.norm() < 1e-4 * key.norm()
 
 
+def test_a_zero_vector_has_no_direction(algorithm):
+    args, grad_out = inputs(63)
+    args[0][0, 1, 5] = 0.0
+    args[1][0, 2, 7] = 0.0
+    query, key, *_ = gradients(args, grad_out)
+    assert not query[0, 1, 5].any() and not key[0, 2, 7].any()
+    for got, want in zip((query, key), exact(args, grad_out)[:2], strict=True):
+        assert (got - want).norm() < 1e-4 * want.norm()
+
+
 def test_two_backward_passes_give_the_same_bits(algorithm):
     for n in (63, 1000):
         args, grad_out = inputs(n, batch=2)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.schedules import cpu, cpu_backward, cpu_toeplitz
+from rpe_tvm.schedules import cpu, cpu_backward, cpu_direct_backward, cpu_toeplitz
 from rpe_tvm.schedules.cpu import Choices
 
 features = cpu.features
@@ -68,3 +69,13 @@ def attention_space(sch: Schedule, config: AttentionConfig) -> list[Schedule]:
 def toeplitz_matmul(sch: Schedule, config: ToeplitzConfig) -> None:
     """Apply the schedule of the Toeplitz product; arrays past 2 MiB are shared by all threads, as for `fft`."""
     cpu_toeplitz.toeplitz_matmul(sch, config, cooperative=config.length * 2 * config.lanes > 1 << 19)
+
+
+def direct_denominator(sch: Schedule, config: BackwardConfig) -> None:
+    """Apply the schedule of the denominators by tiles."""
+    cpu_direct_backward.direct_denominator(sch, config, default_choices(config))
+
+
+def direct_backward(sch: Schedule, config: BackwardConfig) -> None:
+    """Apply the schedule of the gradients by tiles."""
+    cpu_direct_backward.direct_backward(sch, config, default_choices(config))

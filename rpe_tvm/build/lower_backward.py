@@ -11,23 +11,31 @@ from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.schedules import x86
 from rpe_tvm.te import shapes
-from rpe_tvm.te.denominator import fft_denominator
+from rpe_tvm.te.denominator import direct_denominator, fft_denominator
+from rpe_tvm.te.direct_backward import direct_backward
 from rpe_tvm.te.fft_backward import fft_backward, fft_denominator_backward
 
 STRIDED = frozenset(("value", "grad", "grad_value"))
 
+# Name in the library, tensor expressions, schedule.
+_DIRECT = (
+    ("denominator", direct_denominator, x86.direct_denominator),
+    ("backward", direct_backward, x86.direct_backward),
+)
+_FFT = (
+    ("denominator", fft_denominator, x86.fft_denominator),
+    ("backward", fft_backward, x86.fft_backward),
+    ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
+)
+
 
 def lower(config: BackwardConfig) -> Lowered:
-    """Return the functions of `preparing_functions`, `denominator`, `denominator_backward` and `backward`, scheduled.
+    """Return the functions of `preparing_functions` and of the gradients by the config's algorithm, scheduled.
 
     Features and weights are computed again, in the layout of this config: that of the forward pass may be another.
     """
     functions = preparing_functions(config)
-    for name, expressions, schedule in (
-        ("denominator", fft_denominator, x86.fft_denominator),
-        ("backward", fft_backward, x86.fft_backward),
-        ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
-    ):
+    for name, expressions, schedule in _DIRECT if config.algorithm == "direct" else _FFT:
         sch = Schedule(relax_parameters(te.create_prim_func(expressions(config, shapes.symbolic())), STRIDED))
         schedule(sch, config)
         functions[name] = named(sch, name)

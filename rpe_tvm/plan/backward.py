@@ -12,14 +12,22 @@ from rpe_tvm.plan.config import AttentionConfig
 
 @dataclass(frozen=True)
 class BackwardConfig(AttentionConfig):
-    """How the gradients are computed; the fields are those of attention. Only `fft` so far."""
+    """How the gradients are computed; the fields are those of attention.
+
+    The keys of a tile of `direct` are divided among `parts` tasks.
+    """
 
     op: ClassVar[str] = "backward"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.algorithm != "fft":
-            raise ValueError(f"Invalid algorithm of gradients: expected 'fft', got {self.algorithm!r}.")
+        if self.algorithm == "direct" and (
+            self.tile[0] % self.lanes or self.tile[1] % (self.parts * self.lanes)
+        ):
+            raise ValueError(
+                f"Invalid tile of gradients: expected multiples of {self.lanes} and {self.parts * self.lanes}, got "
+                f"{self.tile}."
+            )
 
     @property
     def name(self) -> str:
@@ -28,12 +36,34 @@ class BackwardConfig(AttentionConfig):
 
     @property
     def parts(self) -> int:
-        """Into how many parts the channels of a head are divided: tasks of their own, each with its own sums."""
+        """Into how many parts a head is divided: tasks of their own, each with its own sums.
+
+        `fft` divides the channels, `direct` the keys of each tile.
+        """
+        if self.algorithm == "direct":
+            return 2
         groups = -(-self.head_dim // (2 * self.lanes))
         return 2 if groups % 2 == 0 else 1
 
 
+# Up to this bucket gradients by tiles are the fastest.
+LONGEST_DIRECT = 1024
+
+
+def direct_config(num_features: int, head_dim: int, length: int, lanes: int) -> BackwardConfig:
+    """Return the config of the gradients by tiles."""
+    return BackwardConfig(num_features, head_dim, length, "direct", tile=(64, 128), lanes=lanes)
+
+
+def fft_config(target_id: str, num_features: int, head_dim: int, length: int, lanes: int) -> BackwardConfig:
+    """Return the config of the gradients by FFT."""
+    fft = wisdom.fft_config(num_features, head_dim, length, wisdom.fft_lanes(target_id, lanes))
+    return BackwardConfig(num_features, head_dim, fft.length, "fft", fft.outer, fft.inner, lanes=fft.lanes)
+
+
 def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
     """Return the config of the gradients for up to `n` positions; arguments as of `wisdom.choose`."""
-    fft = wisdom.fft_config(num_features, head_dim, bucket_length(n), wisdom.fft_lanes(target_id, lanes))
-    return BackwardConfig(num_features, head_dim, fft.length, "fft", fft.outer, fft.inner, lanes=fft.lanes)
+    length = bucket_length(n)
+    if length <= LONGEST_DIRECT:
+        return direct_config(num_features, head_dim, length, lanes)
+    return fft_config(target_id, num_features, head_dim, length, lanes)

@@ -23,10 +23,15 @@ Functions = Mapping[str, Callable[..., Any]]
 # Names of the kernels are features_<map>, weights and attention.
 FEATURE_MAPS = ("nprf", "prf")
 FUNCTIONS = (*(f"features_{name}" for name in FEATURE_MAPS), "weights", "attention")
-BACKWARD_FUNCTIONS = (*FUNCTIONS[:-1], "denominator", "denominator_backward", "backward")
 
 _ALIGNMENT = 64  # a cache line: kernels accept any address and run fastest from here
 _SCRATCH_BYTES = 64 << 20  # a thread keeps at most this much of each of the three intermediates
+
+
+def backward_functions(config: AttentionConfig) -> tuple[str, ...]:
+    """Names of the kernels of the gradients; `direct` has those of the denominators' gradients in `backward`."""
+    of_denominators = ("denominator_backward",) if config.algorithm == "fft" else ()
+    return (*FUNCTIONS[:-1], "denominator", *of_denominators, "backward")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 from rpe_tvm.errors import SecondGradientError
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.plan.twiddles import frequencies, weight_table_shape
+from rpe_tvm.plan.twiddles import BLOCK, frequencies, weight_table_shape
 from rpe_tvm.runtime import Instance
-from rpe_tvm.torch.layouts import pack_positions, scratch_tensor, unpack_features
+from rpe_tvm.torch.layouts import last_axis_contiguous, pack_positions, scratch_tensor, unpack_features
 
 
 class Gradients(NamedTuple):
@@ -35,7 +35,7 @@ class Gradients(NamedTuple):
 def attention_backward(
     instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
 ) -> Gradients:
-    """Gradients of ``sum(grad_out * out)`` (Luo 2021, Eq. 10, differentiated; see `te.fft_backward`).
+    """Gradients of ``sum(grad_out * out)`` (Luo 2021, Eq. 10, differentiated; `te.fft_backward`, `te.direct_backward`).
 
     Parameters
     ----------
@@ -53,6 +53,34 @@ def attention_backward(
     is_causal : bool
         As in the forward pass.
     """
+    by_algorithm = _by_tiles if instance.config.algorithm == "direct" else _by_fft
+    return by_algorithm(instance, grad_out, out, phi, value, rpe_bias, is_causal)
+
+
+def _by_tiles(
+    instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+) -> Gradients:
+    config, functions = instance.config, instance.functions
+    batch, heads, n_q, _ = out.shape
+    n_k = value.shape[2]
+    table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
+    functions["weights"](rpe_bias, n_q, n_k, int(is_causal), instance.tables, table)
+    denominator = scratch_tensor("denominators", (batch, heads, -(-n_q // BLOCK), BLOCK))
+    functions["denominator"](phi[0], phi[1], n_q, n_k, table, denominator)
+    weight = torch.mul(grad_out, out, out=scratch_tensor("products", out.shape)).sum(-1).neg_()
+    middle = table.shape[1] // 2
+    grad_bias = scratch_tensor("grad_bias", (batch, heads, table.shape[1] // config.lanes, config.lanes))
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    grad_phi = scratch_tensor("total", phi.shape)
+    grad = last_axis_contiguous(grad_out)
+    functions["backward"](phi, value, grad, weight, denominator, table, grad_bias, grad_value, grad_phi)
+    by_offset = grad_bias.sum(0).flatten(1)[:, middle - (n_q - 1) : middle + n_k]
+    return Gradients(grad_phi, grad_value, by_offset.contiguous())
+
+
+def _by_fft(
+    instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+) -> Gradients:
     config, functions, tables = cast(BackwardConfig, instance.config), instance.functions, instance.tables
     batch, heads, n_q, _ = out.shape
     n_k = value.shape[2]

@@ -36,11 +36,14 @@ def pack_features(config: AttentionConfig, phi: Tensor, out: Tensor) -> None:
 
 
 def unpack_features(config: AttentionConfig, buffer: Tensor, n: int, out: Tensor | None = None) -> Tensor:
-    """Return the features `[B, H, n, m]` of a buffer of `fft`, `[B, H, m, N2, N1]`.
+    """Return the features `[B, H, n, m]` of a buffer, `[B, H, m, rows, columns]`.
 
-    `out`, if given, is memory `[B, H, P, m]` that they are written to.
+    `out`, if given, is memory `[B, H, rows * columns, m]` that they are written to.
     """
     batch, heads, m = buffer.shape[:3]
+    if config.algorithm == "direct":
+        natural = buffer.flatten(3).mT
+        return (natural.contiguous() if out is None else out.copy_(natural))[:, :, :n]
     split = split_of(config)
     columns = buffer.reshape(batch, heads, m, split.n2, split.q, split.s)
     natural = columns.permute(0, 1, 5, 4, 3, 2)

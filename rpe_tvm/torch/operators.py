@@ -172,7 +172,7 @@ def _kernelized_attention_backward(
     grad_projection = torch.zeros_like(projection)
     grads = []
     for x, grad_exponent in zip(inputs, grad_exponents, strict=True):
-        memory = scratch_tensor("exponent", (*x.shape[:2], instance.config.length, projection.shape[0]))
+        memory = scratch_tensor("exponent", (*x.shape[:2], grad_exponent[0, 0, 0].numel(), projection.shape[0]))
         natural = unpack_features(instance.config, grad_exponent, x.shape[2], memory)
         grad_x, part = feature_map_gradients(feature_map, x, projection, natural, of_projection)
         grads.append(grad_x)

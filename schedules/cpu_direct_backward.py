@@ -78,6 +78,7 @@ def direct_backward(sch: Schedule, config: BackwardConfig, choices: Choices) -> 
     terms = sch.get_sblock("bias_terms")
     at_consumer(sch, terms, chunk)
     sch.split(sch.get_loops(terms)[-1], [None, lanes])
+    sch.storage_align(terms, 0, 6, lanes, 0)
     vectorize(sch, terms, unrolled=1)
     vectorize(sch, diagonals, unrolled=2)
     vectorize(sch, sch.decompose_reduction(diagonals, row), unrolled=1)
@@ -102,8 +103,8 @@ def direct_backward(sch: Schedule, config: BackwardConfig, choices: Choices) -> 
         sch.parallel(sch.fuse(*sch.get_loops(block)[:3]))
 
     grad_bias, grad_value, grad_phi = (sch.get_sblock(name) for name in ("grad_bias", "grad_value", "grad_phi"))
-    side, b, h, *_ = sch.get_loops(grad_phi)
-    sch.reorder(b, h, side)
+    side, b, h, feature, tile, _ = sch.get_loops(grad_phi)
+    sch.reorder(b, h, tile, side, feature)  # transposed tile by tile, in L1
     sch.merge(*(sch.get_loops(block)[1] for block in (grad_bias, grad_value, grad_phi)))
     b, h, *_ = sch.get_loops(grad_phi)
     sch.parallel(sch.fuse(b, h))

@@ -170,7 +170,9 @@ def feature_map_gradients(
     grad_x, grad_projection : Tensor
         ``[B, H, n, d]`` and ``[m, d]`` or None, contiguous.
     """
-    along = grad_exponent @ projection
+    # one product for each head: as one product of all rows, grad_exponent would be copied where features lie in rows
+    of_heads = grad_exponent.flatten(0, 1)
+    along = torch.bmm(of_heads, projection.expand(len(of_heads), -1, -1)).view(x.shape)
     scaled = scratch_tensor("scaled", x.shape)
     if feature_map == "nprf":
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -182,5 +184,5 @@ def feature_map_gradients(
         inverse = projection.shape[1] ** -0.25
         scaled = torch.mul(x, inverse, out=scaled)
         grad_x = along.addcmul_(scaled, grad_exponent.sum(-1, keepdim=True), value=-1.0).mul_(inverse)
-    grad_projection = grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2) if of_projection else None
+    grad_projection = torch.bmm(of_heads.mT, scaled.flatten(0, 1)).sum(0) if of_projection else None
     return grad_x.contiguous(), grad_projection

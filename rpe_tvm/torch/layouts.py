@@ -35,20 +35,19 @@ def pack_features(config: AttentionConfig, phi: Tensor, out: Tensor) -> None:
     out.view(batch, heads, m, split.n2, split.q, split.s).copy_(natural.permute(0, 1, 5, 4, 3, 2))
 
 
-def unpack_features(config: AttentionConfig, buffer: Tensor, n: int, out: Tensor | None = None) -> Tensor:
-    """Return the features `[B, H, n, m]` of a buffer, `[B, H, m, rows, columns]`.
+def unpack_features(config: AttentionConfig, buffer: Tensor, n: int, memory: str | None = None) -> Tensor:
+    """Return the features `[B, H, n, m]` of a buffer, `[B, H, m, rows, columns]`; of `direct`, a view of it.
 
-    `out`, if given, is memory `[B, H, rows * columns, m]` that they are written to.
+    `memory`, if given, names the memory of this thread that they are written to, as of `scratch_tensor`.
     """
     batch, heads, m = buffer.shape[:3]
     if config.algorithm == "direct":
-        natural = buffer.flatten(3).mT
-        return (natural.contiguous() if out is None else out.copy_(natural))[:, :, :n]
+        return buffer.flatten(3).mT[:, :, :n]
     split = split_of(config)
     columns = buffer.reshape(batch, heads, m, split.n2, split.q, split.s)
     natural = columns.permute(0, 1, 5, 4, 3, 2)
-    if out is None:
-        out = torch.empty(batch, heads, config.length, m)
+    shape = (batch, heads, config.length, m)
+    out = torch.empty(shape) if memory is None else scratch_tensor(memory, shape)
     out.view(natural.shape).copy_(natural)
     return out[:, :, :n]
 

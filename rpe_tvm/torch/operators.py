@@ -13,7 +13,7 @@ from rpe_tvm.torch.backward import attention_backward, feature_map_gradients, re
 from rpe_tvm.torch.direct_backward import LONGEST, direct_backward
 from rpe_tvm.torch.dispatch import get_backward, get_operator
 from rpe_tvm.torch.feature_maps import check_feature_map, make_feature_map
-from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, scratch_tensor, unpack_features
+from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, unpack_features
 
 torch.library.define(
     "rpe_tvm::kernelized_attention",
@@ -172,8 +172,7 @@ def _kernelized_attention_backward(
     grad_projection = torch.zeros_like(projection)
     grads = []
     for x, grad_exponent in zip(inputs, grad_exponents, strict=True):
-        memory = scratch_tensor("exponent", (*x.shape[:2], grad_exponent[0, 0, 0].numel(), projection.shape[0]))
-        natural = unpack_features(instance.config, grad_exponent, x.shape[2], memory)
+        natural = unpack_features(instance.config, grad_exponent, x.shape[2], "exponent")
         grad_x, part = feature_map_gradients(feature_map, x, projection, natural, of_projection)
         grads.append(grad_x)
         if part is not None:

@@ -73,15 +73,18 @@ def direct_backward(sch: Schedule, config: BackwardConfig, choices: Choices) -> 
         _in_registers(sch, product, outer, lanes)
         vectorize(sch, block, unrolled=2)
 
-    chunk, vector, lane, row = sch.get_loops(diagonals)[-4:]
+    vectorize(sch, diagonals, unrolled=1)
+    of_chunks = sch.get_sblock("chunk_diagonals")
+    at_consumer(sch, of_chunks, tile_q)
+    chunk, vector, lane, row = sch.get_loops(of_chunks)[-4:]
     sch.reorder(row, vector, lane)
     terms = sch.get_sblock("bias_terms")
     at_consumer(sch, terms, chunk)
     sch.split(sch.get_loops(terms)[-1], [None, lanes])
     sch.storage_align(terms, 0, 6, lanes, 0)
     vectorize(sch, terms, unrolled=1)
-    vectorize(sch, diagonals, unrolled=2)
-    vectorize(sch, sch.decompose_reduction(diagonals, row), unrolled=1)
+    vectorize(sch, of_chunks, unrolled=2)
+    vectorize(sch, sch.decompose_reduction(of_chunks, row), unrolled=1)
 
     for name, product in (("grad_scores", None), ("centred", "pulls"), ("weighted", "scores")):
         block = sch.get_sblock(name)

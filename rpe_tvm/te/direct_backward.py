@@ -151,7 +151,18 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     def diagonal(b: Expr, h: Expr, p: Expr, bj: Expr, bi: Expr, ic: Expr, vector: Expr, lane: Expr) -> Expr:
         return te.sum(bias_terms[b, h, p, bj, bi, ic, of_row, vector * lanes + lane + of_row], axis=of_row)
 
-    diagonals = cx.compute((*tiles, chunks, across + 1, lanes), diagonal, "diagonals")
+    chunk_diagonals = cx.compute((*tiles, chunks, across + 1, lanes), diagonal, "chunk_diagonals")
+
+    # the next chunk's diagonals lie one vector further to the left
+    def of_tile(b: Expr, h: Expr, p: Expr, bj: Expr, bi: Expr, vector: Expr, lane: Expr) -> Expr:
+        total = cx.real(0.0)
+        for ic in range(chunks):
+            within = vector - (chunks - 1 - ic)
+            term = chunk_diagonals[b, h, p, bj, bi, ic, tirx.max(tirx.min(within, across), 0), lane]
+            total += tirx.if_then_else(tirx.all(within >= 0, within <= across), term, cx.real(0.0))
+        return total
+
+    diagonals = cx.compute((*tiles, across + chunks, lanes), of_tile, "diagonals")
 
     # products of a tile, in registers, and their sums
     i = te.reduce_axis((cx.int64(0), cx.int64(tile_q)), "i")
@@ -199,24 +210,19 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     def key_tile(tile: Expr) -> Expr:
         return tirx.min(tile, blocks_k * parts - 1)  # never more: TVM could not prove that the tile exists
 
-    # Diagonals of chunk `ic` of rows start at offset column - lanes * (ic + 1), so they are whole vectors of the table.
-    chunk = te.reduce_axis((cx.int64(0), blocks_q * chunks), "chunk")
+    # Diagonals of a tile start at the offset of its first column less that of its last row, less 1: whole vectors.
+    tile_row = te.reduce_axis((cx.int64(0), blocks_q), "bi")
 
     def offset_sum(b: Expr, h: Expr, vector: Expr, lane: Expr) -> Expr:
-        start = vector - padded // lanes + 1 + chunk  # in vectors, from the first key
-        tile = start // across
-
-        def of_tile(tile: Expr, within: Expr) -> Expr:
+        from_first = vector - padded // lanes + (tile_row + 1) * chunks  # vectors from the first key's tile
+        total = cx.real(0.0)
+        for back in range(1 + -(-chunks // across)):
+            tile, within = from_first // across - back, from_first % across + back * across
             there = tirx.max(key_tile(tile), 0)
-            at = (b, h, there % parts, there // parts, chunk // chunks, chunk % chunks, within, lane)
-            return tirx.all(tile >= 0, tile < blocks_k * parts), diagonals[at]
-
-        first, last = of_tile(tile, start % across), of_tile(tile - 1, across)
-        return te.sum(
-            tirx.if_then_else(first[0], first[1], cx.real(0.0))
-            + tirx.if_then_else(tirx.all(start % across == 0, last[0]), last[1], cx.real(0.0)),
-            axis=chunk,
-        )
+            at = (b, h, there % parts, there // parts, tile_row, tirx.min(within, across + chunks - 1), lane)
+            exists = tirx.all(tile >= 0, tile < blocks_k * parts, within < across + chunks)
+            total += tirx.if_then_else(exists, diagonals[at], cx.real(0.0))
+        return te.sum(total, axis=tile_row)
 
     grad_bias = cx.compute((batch, heads, 2 * padded // lanes, lanes), offset_sum, "grad_bias")
 

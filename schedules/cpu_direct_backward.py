@@ -27,6 +27,7 @@ def _tiled(sch: Schedule, block: Block, rows: int, vectors: int, lanes: int) -> 
     """Walk rows and columns, the last two loops, by blocks of `rows` x `vectors`; return the loop over blocks."""
     row, column = sch.get_loops(block)[-2:]
     row_outer, row_inner = sch.split(row, [None, largest_divisor(sch.get(row).extent.value, rows)])
+    vectors = largest_divisor(sch.get(column).extent.value // lanes, vectors)
     column_outer, vector, lane = sch.split(column, [None, vectors, lanes])
     sch.reorder(column_outer, row_outer, row_inner, vector, lane)
     return row_outer
@@ -69,8 +70,8 @@ def direct_backward(sch: Schedule, config: BackwardConfig, choices: Choices) -> 
     for block, product in ((key_sums, "of_key"), (query_sums, "of_query"), (value_sums, "of_value")):
         columns = sch.get(sch.get_loops(block)[-1]).extent.value // lanes
         vectors = largest_divisor(columns, choices.score_vectors)
-        outer = _tiled(sch, block, choices.score_rows * choices.score_vectors // vectors, vectors, lanes)
-        _in_registers(sch, product, outer, lanes)
+        rows = choices.score_rows * choices.score_vectors // vectors  # as many registers as for scores
+        _in_registers(sch, product, _tiled(sch, block, rows, vectors, lanes), lanes)
         vectorize(sch, block, unrolled=2)
 
     vectorize(sch, diagonals, unrolled=1)
@@ -81,16 +82,16 @@ def direct_backward(sch: Schedule, config: BackwardConfig, choices: Choices) -> 
     terms = sch.get_sblock("bias_terms")
     at_consumer(sch, terms, chunk)
     sch.split(sch.get_loops(terms)[-1], [None, lanes])
-    sch.storage_align(terms, 0, 6, lanes, 0)
+    sch.storage_align(terms, 0, 6, lanes, 0)  # rows are written at cache lines, and read with a shift
     vectorize(sch, terms, unrolled=1)
     vectorize(sch, of_chunks, unrolled=2)
     vectorize(sch, sch.decompose_reduction(of_chunks, row), unrolled=1)
 
-    for name, product in (("grad_scores", None), ("centred", "pulls"), ("weighted", "scores")):
+    for name, products in (("grad_scores", ()), ("centred", ("pulls",)), ("weighted", ("scores",))):
         block = sch.get_sblock(name)
         at_consumer(sch, block, tile_q)
         outer = _tiled(sch, block, choices.score_rows, choices.score_vectors, lanes)
-        if product is not None:
+        for product in products:
             _in_registers(sch, product, outer, lanes)
         vectorize(sch, block, unrolled=2)
 

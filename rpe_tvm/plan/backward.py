@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from rpe_tvm.plan import wisdom
-from rpe_tvm.plan.buckets import bucket_length
+from rpe_tvm.plan.buckets import bucket_length, neighbours
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.twiddles import BLOCK
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,13 @@ class BackwardConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.algorithm == "direct" and (
-            self.tile[0] % self.lanes or self.tile[1] % (self.parts * self.lanes)
-        ):
-            raise ValueError(
-                f"Invalid tile of gradients: expected multiples of {self.lanes} and {self.parts * self.lanes}, got "
-                f"{self.tile}."
-            )
+        if self.algorithm == "direct":
+            rows, columns = self.tile
+            if BLOCK % rows or rows % self.lanes or columns % (self.parts * self.lanes):
+                raise ValueError(
+                    f"Invalid tile of gradients: expected a multiple of {self.lanes} that divides {BLOCK} and a "
+                    f"multiple of {self.parts * self.lanes}, got {self.tile}."
+                )
 
     @property
     def name(self) -> str:
@@ -46,24 +48,33 @@ class BackwardConfig(AttentionConfig):
         return 2 if groups % 2 == 0 else 1
 
 
-# Up to this bucket gradients by tiles are the fastest.
-LONGEST_DIRECT = 1024
+# Time of log2(n) m d butterflies for a position by FFT, in multiplications of tiles: measured on znver4.
+_FFT_COST = 43.0
+# Short sequences are always computed by tiles, row by row: small denominators keep their digits.
+_SHORTEST_FFT, _LONGEST_DIRECT = 256, 4096
 
 
-def direct_config(num_features: int, head_dim: int, length: int, lanes: int) -> BackwardConfig:
-    """Return the config of the gradients by tiles."""
+def longest_direct(num_features: int, head_dim: int) -> int:
+    """Return the longest bucket whose gradients are faster by tiles than by FFT, from operation counts."""
+    pair, position = 2 * (4 * num_features + 2 * head_dim), _FFT_COST * num_features * head_dim
+    lengths = neighbours(_SHORTEST_FFT, _LONGEST_DIRECT)
+    return max(n for n in lengths if n == _SHORTEST_FFT or n * pair <= position * math.log2(n))
+
+
+def direct_config(num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
+    """Return the config of the gradients by tiles, one for all lengths: nothing that is compiled depends on them."""
+    length = longest_direct(num_features, head_dim)
     return BackwardConfig(num_features, head_dim, length, "direct", tile=(64, 128), lanes=lanes)
 
 
-def fft_config(target_id: str, num_features: int, head_dim: int, length: int, lanes: int) -> BackwardConfig:
-    """Return the config of the gradients by FFT."""
-    fft = wisdom.fft_config(num_features, head_dim, length, wisdom.fft_lanes(target_id, lanes))
+def fft_config(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
+    """Return the config of the gradients by FFT; arguments as of `wisdom.choose`."""
+    fft = wisdom.fft_config(num_features, head_dim, bucket_length(n), wisdom.fft_lanes(target_id, lanes))
     return BackwardConfig(num_features, head_dim, fft.length, "fft", fft.outer, fft.inner, lanes=fft.lanes)
 
 
 def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
     """Return the config of the gradients for up to `n` positions; arguments as of `wisdom.choose`."""
-    length = bucket_length(n)
-    if length <= LONGEST_DIRECT:
-        return direct_config(num_features, head_dim, length, lanes)
-    return fft_config(target_id, num_features, head_dim, length, lanes)
+    if n <= longest_direct(num_features, head_dim):
+        return direct_config(num_features, head_dim, lanes)
+    return fft_config(target_id, n, num_features, head_dim, lanes)

@@ -1,6 +1,7 @@
 """Denominators of attention, apart from the numerators.
 
-By FFT: the product of C with the features of keys, features as lanes, 1/d of the work. By tiles: sums of rows of scores.
+By FFT: the product of C with the features of keys, features as lanes, 1/d of the work. By tiles: sums over rows of
+weighted scores.
 """
 
 from __future__ import annotations
@@ -100,9 +101,7 @@ def direct_denominator(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]
     )
     weighted = cx.compute(
         tiles,
-        lambda b, h, bi, bj, i, j: (
-            scores[b, h, bi, bj, i, j] * table[h, padded + (bj * BLOCK + j) - (bi * BLOCK + i)]
-        ),
+        lambda b, h, bi, bj, i, j: scores[b, h, bi, bj, i, j] * table[h, padded + (bj * BLOCK + j) - (bi * BLOCK + i)],
         "weighted",
     )
     block = te.reduce_axis((cx.int64(0), columns), "block")

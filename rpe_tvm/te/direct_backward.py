@@ -184,9 +184,7 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     j = te.reduce_axis((cx.int64(0), cx.int64(tile_k)), "j")
     of_query = cx.compute(
         (*tiles, tile_q, feature_width),
-        lambda b, h, p, bj, bi, i, f: te.sum(
-            grad_scores[b, h, p, bj, bi, i, j] * key_rows[b, h, p, bj, j, f], axis=j
-        ),
+        lambda b, h, p, bj, bi, i, f: te.sum(grad_scores[b, h, p, bj, bi, i, j] * key_rows[b, h, p, bj, j, f], axis=j),
         "of_query",
     )
     query_block, query_block2 = (te.reduce_axis((cx.int64(0), blocks_q), "bi") for _ in range(2))

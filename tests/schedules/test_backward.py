@@ -1,4 +1,6 @@
-"""The schedule of the gradients for AVX2 and for this CPU: other lanes, factorisations and sizes than the default's."""
+"""The schedules of the gradients for AVX2 and for this CPU: other lanes, factorisations, tiles and sizes than the
+default's.
+"""
 
 import numpy as np
 import pytest
@@ -50,6 +52,44 @@ def check(config, target, n_q, n_k, is_causal=False):
 def test_values(target, m, d, outer, inner, lanes):
     length = int(np.prod(outer) * np.prod(inner))
     check(BackwardConfig(m, d, length, "fft", outer, inner, lanes=lanes), target, length - 1, length // 2)
+
+
+@pytest.mark.parametrize(
+    ("target", "m", "d", "tile", "lanes", "n_q", "n_k", "is_causal"),
+    [
+        (AVX2, 5, 7, (64, 128), 8, 63, 32, False),  # fewer features and channels than lanes
+        (AVX2, 24, 80, (32, 64), 4, 100, 100, True),
+        (HERE, 16, 40, (64, 128), 8, 130, 257, True),  # more keys than queries, parts of different lengths
+        (HERE, 33, 20, (32, 64), 8, 257, 130, False),
+        (HERE, 8, 16, (64, 256), 8, 1, 300, False),
+    ],
+)
+def test_tiles(target, m, d, tile, lanes, n_q, n_k, is_causal):
+    check(BackwardConfig(m, d, 1024, "direct", tile=tile, lanes=lanes), target, n_q, n_k, is_causal)
+
+
+def test_tiles_of_strided_tensors():
+    """Value and grad_out are read in place, and one head is divided between two threads."""
+    from rpe_tvm.torch import NPRF, gaussian_projection, kernelized_attention
+
+    n, m, d = 200, 16, 40
+    fused = torch.randn(1, n, 4, 1, d + 3)[..., 1 : d + 1]
+    views = [x.transpose(1, 2) for x in fused.unbind(2)]
+    feature_map, rpe_bias = NPRF(gaussian_projection(m, d, seed=0)), torch.randn(1, 2 * n - 1)
+
+    def gradients(*tensors):
+        leaves = [x.detach().requires_grad_() for x in (*tensors[:3], rpe_bias)]
+        return torch.autograd.grad(kernelized_attention(*leaves, feature_map=feature_map), leaves, tensors[3])
+
+    for x, y in zip(gradients(*views), gradients(*(x.contiguous() for x in views)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_tile_that_does_not_fit_the_lanes():
+    with pytest.raises(ValueError, match=r"expected .* that divides 64 and a multiple of 32"):
+        BackwardConfig(8, 16, 1024, "direct", tile=(64, 48), lanes=16)
+    with pytest.raises(ValueError, match=r"expected .* that divides 64 and a multiple of 32"):
+        BackwardConfig(8, 16, 1024, "direct", tile=(128, 128), lanes=16)
 
 
 def test_sixteen_lanes_and_two_parts():

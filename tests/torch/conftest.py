@@ -112,5 +112,4 @@ def reference_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReferenceOpe
         monkeypatch.setattr(module, "get_operator", operator.lookup)
         monkeypatch.setattr(module, "get_backward", operator.lookup_backward)
         monkeypatch.setattr(module, "attention_backward", _attention_backward)
-        monkeypatch.setattr(module, "LONGEST", 0)  # also for the short sequences of tests
     yield operator

@@ -9,12 +9,13 @@ from tvm.s_tir import Schedule
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.schedules import cpu, cpu_backward, cpu_direct_backward, cpu_toeplitz
+from rpe_tvm.schedules import cpu, cpu_backward, cpu_direct_backward, cpu_feature_gradients, cpu_toeplitz
 from rpe_tvm.schedules.cpu import Choices
 
 features = cpu.features
 direct_weights = cpu.direct_weights
 fft_weights = cpu.fft_weights
+feature_gradients = cpu_feature_gradients.feature_gradients
 fft_denominator = cpu_backward.fft_denominator
 fft_backward = cpu_backward.fft_backward
 fft_denominator_backward = cpu_backward.fft_denominator_backward

@@ -29,9 +29,11 @@ _SCRATCH_BYTES = 64 << 20  # a thread keeps at most this much of each of the thr
 
 
 def backward_functions(config: AttentionConfig) -> tuple[str, ...]:
-    """Names of the kernels of the gradients; `direct` has those of the denominators' gradients in `backward`."""
-    of_denominators = ("denominator_backward",) if config.algorithm == "fft" else ()
-    return (*FUNCTIONS[:-1], "denominator", *of_denominators, "backward")
+    """Names of the kernels of the gradients by a config's algorithm."""
+    shared = (*FUNCTIONS[:-1], "denominator", "backward")
+    if config.algorithm == "fft":
+        return (*shared, "denominator_backward")
+    return (*shared, *(f"feature_gradients_{name}" for name in FEATURE_MAPS))
 
 
 @dataclass(frozen=True)

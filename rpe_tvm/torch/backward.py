@@ -7,6 +7,7 @@ Nothing of size n m d or n n is made.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -147,7 +148,54 @@ def refuse_second_gradients(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
-def feature_map_gradients(
+def argument_gradients(
+    instance: Instance,
+    feature_map: str,
+    inputs: Sequence[Tensor],
+    projection: Tensor,
+    phi: Tensor,
+    grad_phi: Tensor,
+    of_projection: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the feature map's arguments and of its projection.
+
+    Parameters
+    ----------
+    instance : Instance
+        The compiled gradients.
+    feature_map : str
+        ``"prf"`` or ``"nprf"`` (Luo 2021, Eq. 5 and Algorithm 1).
+    inputs : sequence of Tensor
+        query ``[B, H, n_q, d]`` and key ``[B, H, n_k, d]``, contiguous in the last axis.
+    projection : Tensor
+        W, ``[m, d]``, contiguous.
+    phi, grad_phi : Tensor
+        ``[2, B, H, m, N2, N1]``: features and their gradients, as of `attention_backward`; `grad_phi` is overwritten.
+    of_projection : bool
+        Whether the projection's gradient is wanted; it is 0 otherwise.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_projection : Tensor
+        Shaped as query, key and projection, contiguous.
+    """
+    grads = []
+    grad_projection = torch.zeros(projection.shape)
+    if instance.config.algorithm == "direct" and not of_projection:
+        for x, features, grad in zip(inputs, phi, grad_phi, strict=True):
+            grads.append(torch.empty(x.shape))
+            instance.functions[f"feature_gradients_{feature_map}"](x, projection, features, grad, grads[-1])
+        return grads[0], grads[1], grad_projection
+    for x, grad_exponent in zip(inputs, grad_phi.mul_(phi), strict=True):  # phi is an exponential
+        natural = unpack_features(instance.config, grad_exponent, x.shape[2], "exponent")
+        grad_x, part = _feature_map_gradients(feature_map, x, projection, natural, of_projection)
+        grads.append(grad_x)
+        if part is not None:
+            grad_projection += part
+    return grads[0], grads[1], grad_projection
+
+
+def _feature_map_gradients(
     feature_map: str, x: Tensor, projection: Tensor, grad_exponent: Tensor, of_projection: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of PRF's or NPRF's argument and projection from that of the exponent W x' (- |x'|^2 / 2).

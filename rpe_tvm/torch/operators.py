@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
-from rpe_tvm.torch.backward import attention_backward, feature_map_gradients, refuse_second_gradients
+from rpe_tvm.torch.backward import argument_gradients, attention_backward, refuse_second_gradients
 from rpe_tvm.torch.dispatch import get_backward, get_operator
 from rpe_tvm.torch.feature_maps import check_feature_map
-from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, unpack_features
+from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous
 
 torch.library.define(
     "rpe_tvm::kernelized_attention",
@@ -163,15 +163,9 @@ def _kernelized_attention_backward(
     found = attention_backward(
         instance, grad_out, out, phi, last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
     )
-    grad_exponents = found.phi.mul_(phi)  # phi is an exponential
-    grad_projection = torch.zeros_like(projection)
-    grads = []
-    for x, grad_exponent in zip(inputs, grad_exponents, strict=True):
-        natural = unpack_features(instance.config, grad_exponent, x.shape[2], "exponent")
-        grad_x, part = feature_map_gradients(feature_map, x, projection, natural, of_projection)
-        grads.append(grad_x)
-        if part is not None:
-            grad_projection += part
+    *grads, grad_projection = argument_gradients(
+        instance, feature_map, inputs, projection, phi, found.phi, of_projection
+    )
     return *grads, found.value, found.rpe_bias, grad_projection
 
 

@@ -35,7 +35,7 @@ class ReferenceOperator:
 
     def lookup_backward(self, n: int, num_features: int, head_dim: int) -> Any:
         self.backward_lookups.append((n, num_features, head_dim))
-        config = backward.choose("none", n, num_features, head_dim, 8)
+        config = backward.fft_config("none", n, num_features, head_dim, 8)
 
         def features(feature_map: Any) -> Any:
             def run(x: Any, projection: Any, out: Any) -> None:

@@ -68,6 +68,38 @@ def test_tiles(target, m, d, tile, lanes, n_q, n_k, is_causal):
     check(BackwardConfig(m, d, 1024, "direct", tile=tile, lanes=lanes), target, n_q, n_k, is_causal)
 
 
+@pytest.mark.parametrize("feature_map", ["prf", "nprf"])
+@pytest.mark.parametrize(
+    ("target", "m", "d", "tile"), [(AVX2, 5, 7, (64, 128)), (HERE, 16, 40, (64, 128)), (HERE, 33, 20, (32, 64))]
+)
+def test_feature_gradients(target, m, d, tile, feature_map):
+    """Against autograd in float64; of a zero vector NPRF passes no gradient, PRF does."""
+    from rpe_tvm.torch.layouts import feature_memory, pack_features
+
+    config, n = BackwardConfig(m, d, 1024, "direct", tile=tile, lanes=8), 100
+    instance = runtime.load_backward(build.compile_operator(config, target))
+    x = torch.randn(2, 3, n, 2 * d)[..., :d]
+    x[1, 2, 3] = 0.0
+    projection, grad = torch.randn(m, d), torch.randn(2, 3, n, m)
+    leaf, weights = x.double().requires_grad_(), projection.double()
+    if feature_map == "prf":
+        exponent = d**-0.25 * leaf @ weights.T - d**-0.5 * leaf.square().sum(-1, keepdim=True) / 2
+    else:
+        squares = leaf.square().sum(-1, keepdim=True)
+        exponent = (leaf * squares.where(squares > 0, 1.0) ** -0.5).where(squares > 0, 0.0) @ weights.T
+    features = exponent.exp()
+    (want,) = torch.autograd.grad(features, leaf, grad.double())
+
+    phi = feature_memory(config, 2, 3, n, n)
+    pack_features(config, features.detach().float(), phi[0])
+    pack_features(config, grad, phi[1])
+    phi[1].flatten(3)[..., n:] = torch.nan  # memory past the end
+    got = torch.full(x.shape, torch.nan)
+    instance.functions[f"feature_gradients_{feature_map}"](x, projection, phi[0], phi[1], got)
+    assert (got - want).norm() < 1e-5 * want.norm()
+    assert (got[1, 2, 3] == 0).all() == (feature_map == "nprf")
+
+
 def test_tiles_of_strided_tensors():
     """Value and grad_out are read in place, and one head is divided between two threads."""
     from rpe_tvm.torch import NPRF, gaussian_projection, kernelized_attention

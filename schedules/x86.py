@@ -9,7 +9,14 @@ from tvm.s_tir import Schedule
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.schedules import cpu, cpu_backward, cpu_denominator_backward, cpu_features_backward, cpu_toeplitz
+from rpe_tvm.schedules import (
+    cpu,
+    cpu_backward,
+    cpu_denominator_backward,
+    cpu_direct_backward,
+    cpu_features_backward,
+    cpu_toeplitz,
+)
 from rpe_tvm.schedules.cpu import Choices
 
 features = cpu.features
@@ -46,7 +53,8 @@ def default(sch: Schedule, config: AttentionConfig) -> None:
 def schedule(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
     """Apply the schedule of the config's operator and algorithm with these decisions."""
     if isinstance(config, BackwardConfig):
-        cpu_backward.fft_backward(sch, config, choices)
+        is_direct = config.algorithm == "direct"
+        (cpu_direct_backward.direct_backward if is_direct else cpu_backward.fft_backward)(sch, config, choices)
     elif config.algorithm == "direct":
         cpu.direct_attention(sch, config, choices)
     else:
@@ -71,3 +79,8 @@ def space(sch: Schedule, config: AttentionConfig) -> list[Schedule]:
 def toeplitz_matmul(sch: Schedule, config: ToeplitzConfig) -> None:
     """Apply the schedule of the Toeplitz product; arrays past 2 MiB are shared by all threads, as for `fft`."""
     cpu_toeplitz.toeplitz_matmul(sch, config, cooperative=config.length * 2 * config.lanes > 1 << 19)
+
+
+def direct_denominator(sch: Schedule, config: BackwardConfig) -> None:
+    """Apply the schedule of the denominators by tiles."""
+    cpu_direct_backward.direct_denominator(sch, config, default_choices(config))

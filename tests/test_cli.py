@@ -100,10 +100,10 @@ def test_compile_other_operators(
 
     monkeypatch.setattr(package, "export", export)
     monkeypatch.setattr(manifest, "read", lambda path: {"library": {"bytes": 1}, "schedule": {"source": "default"}})
-    command = f"compile --op {op} --features 3 --head-dim 8 --lengths 50,200 --target haswell --out"
+    command = f"compile --op {op} --features 3 --head-dim 8 --lengths 50,2000 --target haswell --out"
     assert cli.main([*command.split(), str(tmp_path)]) == 0
     sizes = (8, 8) if op == "toeplitz" else (3, 8, 8)
-    wanted = [plan.choose("x86_64-haswell", n, *sizes) for n in (50, 200)]
+    wanted = [plan.choose("x86_64-haswell", n, *sizes) for n in (50, 2000)]
     assert asked == [(config, "x86_64-haswell", tmp_path) for config in wanted]
     assert [config.op for config in wanted] == [op, op] and len(capsys.readouterr().out.splitlines()) == 2
 

@@ -13,13 +13,23 @@ from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.schedules import x86
 from rpe_tvm.targets import TargetSpec
 from rpe_tvm.te import shapes
+from rpe_tvm.te.denominator import direct_denominator
 from rpe_tvm.te.denominator_backward import fft_denominator_backward, fft_row_weights
 from rpe_tvm.te.features import FEATURE_MAPS
 from rpe_tvm.te.features_backward import features_backward
 
+# What is compiled beside `backward`: name in the library, tensor expressions, schedule.
+_DIRECT = (("denominator", direct_denominator, x86.direct_denominator),)
+_FFT = (
+    ("row_weights", fft_row_weights, x86.fft_row_weights),
+    ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
+)
+
 
 def lower(config: BackwardConfig, target: TargetSpec) -> Lowered:
-    """Return the functions of `preparing_functions` and of the gradients, scheduled; arguments as of `lower.lower`.
+    """Return the functions of `preparing_functions` and of the gradients by the config's algorithm, scheduled.
+
+    Arguments are as of `lower.lower`.
 
     Features and weights are computed again, in the layout of this config: that of the forward pass may be another.
     """
@@ -28,10 +38,7 @@ def lower(config: BackwardConfig, target: TargetSpec) -> Lowered:
         sch = _unscheduled(features_backward(config, shapes.symbolic(), feature_map))
         x86.features_backward(sch, config, feature_map)
         functions[f"features_{feature_map}_backward"] = named(sch, f"features_{feature_map}_backward")
-    for name, expressions, apply in (
-        ("row_weights", fft_row_weights, x86.fft_row_weights),
-        ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
-    ):
+    for name, expressions, apply in _DIRECT if config.algorithm == "direct" else _FFT:
         sch = _unscheduled(expressions(config, shapes.symbolic()))
         apply(sch, config)
         functions[name] = named(sch, name)

@@ -10,11 +10,12 @@ from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.te import shapes
 from rpe_tvm.te.direct_attention import direct_attention
+from rpe_tvm.te.direct_backward import direct_backward
 from rpe_tvm.te.fft_attention import fft_attention
 from rpe_tvm.te.fft_backward import fft_backward
 
 TUNING_HEADS = 4
-STRIDED = frozenset(("x", "value", "grad_out", "out", "grad_value"))
+STRIDED = frozenset(("x", "value", "grad", "grad_out", "out", "grad_value"))
 
 # operators with tuning logs -> their config
 TUNED: dict[str, type[AttentionConfig]] = {kind.op: kind for kind in (AttentionConfig, BackwardConfig)}
@@ -23,7 +24,7 @@ TUNED: dict[str, type[AttentionConfig]] = {kind.op: kind for kind in (AttentionC
 def function_of(config: AttentionConfig, sizes: shapes.Sizes) -> tvm.tirx.PrimFunc:
     """Return the unscheduled function `attention` or `backward` of a config."""
     if isinstance(config, BackwardConfig):
-        arguments = fft_backward(config, sizes)
+        arguments = (direct_backward if config.algorithm == "direct" else fft_backward)(config, sizes)
     else:
         arguments = (direct_attention if config.algorithm == "direct" else fft_attention)(config, sizes)
     return relax_parameters(te.create_prim_func(arguments), STRIDED if sizes.is_symbolic else frozenset())

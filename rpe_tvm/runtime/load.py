@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,16 @@ from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.runtime import toeplitz
 from rpe_tvm.runtime.cpu import cpu_flags
-from rpe_tvm.runtime.operator import BACKWARD_FUNCTIONS, FUNCTIONS, Attention, Functions, Instance
+from rpe_tvm.runtime.operator import FUNCTIONS, Attention, Functions, Instance, backward_functions
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-# Operator -> its config and its functions.
-_OPERATORS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "attention": (AttentionConfig, FUNCTIONS),
-    "backward": (BackwardConfig, BACKWARD_FUNCTIONS),
-    "toeplitz": (ToeplitzConfig, toeplitz.FUNCTIONS),
+# Operator -> its config, and the names of the functions for a config.
+_OPERATORS: dict[str, tuple[Any, Callable[[Any], tuple[str, ...]]]] = {
+    "attention": (AttentionConfig, lambda config: FUNCTIONS),
+    "backward": (BackwardConfig, backward_functions),
+    "toeplitz": (ToeplitzConfig, lambda config: toeplitz.FUNCTIONS),
 }
 
 
@@ -156,7 +157,7 @@ def _check(directory: Path, op: str) -> _Candidate | None:
         raise _Unfit(f"operator {found!r}, this rpe_tvm {__version__} knows {', '.join(map(repr, _OPERATORS))}")
     if found != op:
         return None
-    config_class, names = _OPERATORS[op]
+    config_class, names_of = _OPERATORS[op]
     try:
         library = directory / Path(str(fields["library"]["file"])).name
         sha256 = str(fields["library"]["sha256"])
@@ -168,9 +169,6 @@ def _check(directory: Path, op: str) -> _Candidate | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _Broken(f"{MANIFEST} is incomplete: {error!r}") from error
     _check_file(library, sha256)
-    missing = [name for name in names if name not in functions]
-    if missing:
-        raise _Broken(f"the library has no function {', '.join(missing)}")
     for package, installed in (("apache-tvm-ffi", tvm_ffi.__version__), ("rpe_tvm", __version__)):
         built = versions.get(package, "unknown")
         if _minor(built) != _minor(installed):
@@ -183,6 +181,9 @@ def _check(directory: Path, op: str) -> _Candidate | None:
         config = config_class.from_json(config_fields)
     except (TypeError, ValueError) as error:
         raise _Broken(f"{MANIFEST} has no usable config: {error}") from error
+    missing = [name for name in names_of(config) if name not in functions]
+    if missing:
+        raise _Broken(f"the library has no function {', '.join(missing)}")
     return _Candidate(config, library, needed)
 
 
@@ -204,10 +205,10 @@ def _minor(version: str) -> str:
 
 def _open(candidate: _Candidate) -> Functions:
     library = candidate.library.resolve()
-    _, names = _OPERATORS[candidate.config.op]
+    _, names_of = _OPERATORS[candidate.config.op]
     try:
         module = tvm_ffi.load_module(str(library))
-        return {name: module[name] for name in names}
+        return {name: module[name] for name in names_of(candidate.config)}
     except (RuntimeError, OSError, AttributeError, KeyError) as error:
         hint = ""
         if "libgomp" in str(error):

@@ -23,16 +23,17 @@ Functions = Mapping[str, Callable[..., Any]]
 # Names of the kernels are features_<map>, weights and attention.
 FEATURE_MAPS = ("nprf", "prf")
 FUNCTIONS = (*(f"features_{name}" for name in FEATURE_MAPS), "weights", "attention")
-BACKWARD_FUNCTIONS = (
-    *FUNCTIONS[:-1],
-    *(f"features_{name}_backward" for name in FEATURE_MAPS),
-    "row_weights",
-    "denominator_backward",
-    "backward",
-)
 
 _ALIGNMENT = 64  # a cache line: kernels accept any address and run fastest from here
 _SCRATCH_BYTES = 64 << 20  # a thread keeps at most this much of each of the three intermediates
+
+
+def backward_functions(config: AttentionConfig) -> tuple[str, ...]:
+    """Names of the kernels of the gradients by a config's algorithm."""
+    shared = (*FUNCTIONS[:-1], *(f"features_{name}_backward" for name in FEATURE_MAPS), "backward")
+    if config.algorithm == "fft":
+        return (*shared, "row_weights", "denominator_backward")
+    return (*shared, "denominator")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from rpe_tvm.errors import SecondGradientError
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.plan.twiddles import frequencies, weight_table_shape
+from rpe_tvm.plan.twiddles import BLOCK, frequencies, weight_table_shape
 from rpe_tvm.runtime import Instance
 from rpe_tvm.torch.layouts import last_axis_contiguous, scratch_tensor
 
@@ -37,7 +38,7 @@ class Gradients(NamedTuple):
 def attention_backward(
     instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
 ) -> Gradients:
-    """Gradients of ``sum(grad_out * out)`` (Luo 2021, Eq. 10, differentiated; see `te.fft_backward`).
+    """Gradients of ``sum(grad_out * out)`` (Luo 2021, Eq. 10, differentiated; `te.fft_backward`, `te.direct_backward`).
 
     Parameters
     ----------
@@ -55,6 +56,34 @@ def attention_backward(
     is_causal : bool
         As in the forward pass.
     """
+    by_algorithm = _by_tiles if instance.config.algorithm == "direct" else _by_fft
+    return by_algorithm(instance, grad_out, out, phi, value, rpe_bias, is_causal)
+
+
+def _by_tiles(
+    instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+) -> Gradients:
+    config, functions = instance.config, instance.functions
+    batch, heads, n_q, _ = out.shape
+    n_k = value.shape[2]
+    table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
+    functions["weights"](rpe_bias, n_q, n_k, int(is_causal), instance.tables, table)
+    denominator = scratch_tensor("denominators", (batch, heads, -(-n_q // BLOCK), BLOCK))
+    functions["denominator"](phi[0], phi[1], n_q, n_k, table, denominator)
+    weight = torch.mul(grad_out, out, out=scratch_tensor("products", out.shape)).sum(-1).neg_()
+    middle = table.shape[1] // 2
+    grad_bias = scratch_tensor("grad_bias", (batch, heads, table.shape[1] // config.lanes, config.lanes))
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    grad_phi = scratch_tensor("total", phi.shape)
+    grad = last_axis_contiguous(grad_out)
+    functions["backward"](phi, value, grad, weight, denominator, table, grad_bias, grad_value, grad_phi)
+    by_offset = grad_bias.sum(0).flatten(1)[:, middle - (n_q - 1) : middle + n_k]
+    return Gradients(grad_phi, grad_value, by_offset.contiguous())
+
+
+def _by_fft(
+    instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+) -> Gradients:
     config, functions, tables = cast(BackwardConfig, instance.config), instance.functions, instance.tables
     batch, heads, n_q, _ = out.shape
     n_k = value.shape[2]
@@ -122,51 +151,56 @@ def refuse_second_gradients(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
-def feature_map_gradients(
-    feature_map: str, x: Tensor, projection: Tensor, grad_exponent: Tensor, of_projection: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of PRF's or NPRF's argument and projection from that of the exponent W x' (- |x'|^2 / 2).
+def argument_gradients(
+    instance: Instance,
+    feature_map: str,
+    inputs: Sequence[Tensor],
+    projection: Tensor,
+    phi: Tensor,
+    grad_phi: Tensor,
+    of_projection: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the feature map's arguments and of its projection.
 
     Parameters
     ----------
+    instance : Instance
+        The compiled gradients.
     feature_map : str
-        ``"prf"`` or ``"nprf"`` (Luo 2021, Eq. 5 and Algorithm 1). A zero vector has no direction: NPRF's gradient is 0.
-    x : Tensor
-        ``[B, H, n, d]``.
+        ``"prf"`` or ``"nprf"`` (Luo 2021, Eq. 5 and Algorithm 1).
+    inputs : sequence of Tensor
+        query ``[B, H, n_q, d]`` and key ``[B, H, n_k, d]``, contiguous in the last axis.
     projection : Tensor
-        W, ``[m, d]``.
-    grad_exponent : Tensor
-        ``[B, H, n, m]``.
+        W, ``[m, d]``, contiguous.
+    phi, grad_phi : Tensor
+        ``[2, B, H, m, N2, N1]``: features and their gradients, as of `attention_backward`.
     of_projection : bool
-        Whether the projection's gradient is wanted.
+        Whether the projection's gradient is wanted; it is 0 otherwise.
 
     Returns
     -------
-    grad_x, grad_projection : Tensor
-        ``[B, H, n, d]`` and ``[m, d]`` or None, contiguous.
+    grad_query, grad_key, grad_projection : Tensor
+        Shaped as query, key and projection, contiguous.
     """
-    along = grad_exponent @ projection
-    scaled = _scaled(feature_map, x, scratch_tensor("scaled", x.shape))
+    grads = []
+    grad_projection = torch.zeros(projection.shape)
+    for x, features, grad in zip(inputs, phi, grad_phi, strict=True):
+        positions = grad.shape[3] * grad.shape[4]
+        grad_exponent = scratch_tensor("exponent", (*x.shape[:2], positions, projection.shape[0]))
+        grads.append(torch.empty(x.shape))
+        backward = instance.functions[f"features_{feature_map}_backward"]
+        backward(x, projection, features, grad, grad_exponent, grads[-1])
+        if of_projection:
+            grad_projection += _projection_gradient(feature_map, x, grad_exponent[:, :, : x.shape[2]])
+    return grads[0], grads[1], grad_projection
+
+
+def _projection_gradient(feature_map: str, x: Tensor, grad_exponent: Tensor) -> Tensor:
+    """Gradient ``[m, d]`` of the projection, from that of the exponents by position, ``[B, H, n, m]``."""
+    scale: Tensor | float = x.shape[-1] ** -0.25
     if feature_map == "nprf":
-        products = torch.mul(scaled, along, out=scratch_tensor("products", x.shape))
-        grad_x = along.addcmul_(scaled, products.sum(-1, keepdim=True), value=-1.0).mul_(_inverse_norm(x))
-    else:
-        total = grad_exponent.sum(-1, keepdim=True)
-        grad_x = along.addcmul_(scaled, total, value=-1.0).mul_(projection.shape[1] ** -0.25)
-    return grad_x.contiguous(), projection_gradient(feature_map, x, grad_exponent) if of_projection else None
-
-
-def projection_gradient(feature_map: str, x: Tensor, grad_exponent: Tensor) -> Tensor:
-    """Gradient ``[m, d]`` of the projection; arguments as of `feature_map_gradients`."""
-    scaled = _scaled(feature_map, x, scratch_tensor("scaled", x.shape))
-    return grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2)
-
-
-def _scaled(feature_map: str, x: Tensor, out: Tensor) -> Tensor:
-    """Write x', what the projection is multiplied with, to `out`."""
-    return torch.mul(x, _inverse_norm(x) if feature_map == "nprf" else x.shape[-1] ** -0.25, out=out)
-
-
-def _inverse_norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm == 0, 0.0, 1.0 / norm)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.where(norm == 0, 0.0, 1.0 / norm)
+    scaled = torch.mul(x, scale, out=scratch_tensor("scaled", x.shape))
+    # head by head: as one product of all positions, torch would copy grad_exponent, which lies in longer rows
+    return torch.bmm(grad_exponent.flatten(0, 1).mT, scaled.flatten(0, 1)).sum(0)

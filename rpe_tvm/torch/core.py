@@ -10,7 +10,6 @@ from torch import Tensor
 from rpe_tvm.errors import ShapeError
 from rpe_tvm.plan.twiddles import weight_table_shape
 from rpe_tvm.torch.backward import attention_backward, refuse_second_gradients
-from rpe_tvm.torch.direct_backward import LONGEST, direct_backward
 from rpe_tvm.torch.dispatch import get_backward, get_operator
 from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, pack_features, scratch_tensor, unpack_features
 from rpe_tvm.torch.operators import check_tensor
@@ -148,8 +147,6 @@ def _backward(
     if out.numel() == 0 or n_k == 0:
         return tuple(torch.zeros(x.shape) for x in (phi_q, phi_k, value, rpe_bias))
     grad_out = grad_out.masked_fill(sees_none, 0.0)
-    if max(n_q, n_k) <= LONGEST:
-        return direct_backward(grad_out, out, phi_q, phi_k, value, rpe_bias, is_causal)
     instance = get_backward(max(n_q, n_k), m, d)
     phi = feature_memory(instance.config, batch, heads, n_q, n_k)
     pack_features(instance.config, phi_q, phi[0])

@@ -36,8 +36,10 @@ def pack_features(config: AttentionConfig, phi: Tensor, out: Tensor) -> None:
 
 
 def unpack_features(config: AttentionConfig, buffer: Tensor, n: int) -> Tensor:
-    """Return the features `[B, H, n, m]` of a buffer of `fft`, `[B, H, m, N2, N1]`."""
+    """Return the features `[B, H, n, m]` of a buffer, `[B, H, m, rows, columns]`; of `direct`, a view of it."""
     batch, heads, m = buffer.shape[:3]
+    if config.algorithm == "direct":
+        return buffer.flatten(3).mT[:, :, :n]
     split = split_of(config)
     columns = buffer.reshape(batch, heads, m, split.n2, split.q, split.s)
     return columns.permute(0, 1, 5, 4, 3, 2).reshape(batch, heads, config.length, m)[:, :, :n]

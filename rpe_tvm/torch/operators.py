@@ -9,16 +9,10 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
-from rpe_tvm.torch.backward import (
-    attention_backward,
-    feature_map_gradients,
-    projection_gradient,
-    refuse_second_gradients,
-)
-from rpe_tvm.torch.direct_backward import LONGEST, direct_backward
+from rpe_tvm.torch.backward import argument_gradients, attention_backward, refuse_second_gradients
 from rpe_tvm.torch.dispatch import get_backward, get_operator
-from rpe_tvm.torch.feature_maps import check_feature_map, make_feature_map
-from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, scratch_tensor
+from rpe_tvm.torch.feature_maps import check_feature_map
+from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous
 
 torch.library.define(
     "rpe_tvm::kernelized_attention",
@@ -160,10 +154,6 @@ def _kernelized_attention_backward(
     n_q, n_k = query.shape[2], key.shape[2]
     if out.numel() == 0 or n_k == 0:
         return tuple(torch.zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
-    if max(n_q, n_k) <= LONGEST:
-        return _direct_gradients(
-            grad_out, query, key, value, rpe_bias, projection, out, feature_map, is_causal, of_projection
-        )
     instance = get_backward(max(n_q, n_k), projection.shape[0], query.shape[3])
     projection = projection.contiguous()
     inputs = [last_axis_contiguous(x) for x in (query, key)]
@@ -173,43 +163,10 @@ def _kernelized_attention_backward(
     found = attention_backward(
         instance, grad_out, out, phi, last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
     )
-    grad_projection = torch.zeros_like(projection)
-    grads = []
-    for x, features, grad_phi in zip(inputs, phi, found.phi, strict=True):
-        positions = grad_phi.shape[3] * grad_phi.shape[4]
-        grad_exponent = scratch_tensor("exponent", (*x.shape[:2], positions, projection.shape[0]))
-        grad_x = torch.empty(x.shape)
-        backward = instance.functions[f"features_{feature_map}_backward"]
-        backward(x, projection, features, grad_phi, grad_exponent, grad_x)
-        grads.append(grad_x)
-        if of_projection:
-            grad_projection += projection_gradient(feature_map, x, grad_exponent[:, :, : x.shape[2]])
-    return *grads, found.value, found.rpe_bias, grad_projection
-
-
-def _direct_gradients(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpe_bias: Tensor,
-    projection: Tensor,
-    out: Tensor,
-    feature_map: str,
-    is_causal: bool,
-    of_projection: bool,
-) -> tuple[Tensor, ...]:
-    query, key = query.contiguous(), key.contiguous()
-    phi_q, phi_k = make_feature_map(feature_map, projection)(query, key)
-    found = direct_backward(grad_out, out, phi_q, phi_k, value, rpe_bias, is_causal)
-    grad_query, of_queries = feature_map_gradients(
-        feature_map, query, projection, phi_q.mul_(found.phi_q), of_projection
+    *grads, grad_projection = argument_gradients(
+        instance, feature_map, inputs, projection, phi, found.phi, of_projection
     )
-    grad_key, of_keys = feature_map_gradients(feature_map, key, projection, phi_k.mul_(found.phi_k), of_projection)
-    grad_projection = torch.zeros(projection.shape)
-    if of_queries is not None and of_keys is not None:
-        grad_projection += of_queries + of_keys
-    return grad_query, grad_key, found.value, found.rpe_bias, grad_projection
+    return *grads, found.value, found.rpe_bias, grad_projection
 
 
 def _kernelized_attention_backward_fake(

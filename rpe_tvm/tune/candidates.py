@@ -15,7 +15,7 @@ TILES = ((64, 64), (128, 64), (64, 128), (32, 64))
 
 def rule(op: str, target: TargetSpec, length: int, num_features: int, head_dim: int) -> AttentionConfig:
     """Return what the plan takes where nothing was measured."""
-    find = backward.rule if op == BackwardConfig.op else wisdom.rule
+    find = backward.fft_rule if op == BackwardConfig.op else wisdom.rule
     return find(target.id, length, num_features, head_dim, target.lanes)
 
 

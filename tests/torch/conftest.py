@@ -36,7 +36,7 @@ class ReferenceOperator:
 
     def lookup_backward(self, n: int, num_features: int, head_dim: int) -> Any:
         self.backward_lookups.append((n, num_features, head_dim))
-        config = backward.choose("none", n, num_features, head_dim, 8)
+        config = backward.fft_config("none", n, num_features, head_dim, 8)
 
         def features(feature_map: Any) -> Any:
             def run(x: Any, projection: Any, out: Any) -> None:
@@ -123,5 +123,4 @@ def reference_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReferenceOpe
         monkeypatch.setattr(module, "get_operator", operator.lookup)
         monkeypatch.setattr(module, "get_backward", operator.lookup_backward)
         monkeypatch.setattr(module, "attention_backward", _attention_backward)
-        monkeypatch.setattr(module, "LONGEST", 0)  # also for the short sequences of tests
     yield operator

@@ -14,7 +14,11 @@ class BuildError(RpeTvmError, RuntimeError):
 
 
 class CompilerNotFoundError(BuildError):
-    """No C++ compiler was found on this machine; exporting a library needs one."""
+    """No C++ compiler, or no nvcc for a GPU target, was found on this machine; exporting a library needs one."""
+
+
+class GpuNotFoundError(RpeTvmError, RuntimeError):
+    """This process can use no NVIDIA GPU."""
 
 
 class SecondGradientError(RpeTvmError, NotImplementedError):

@@ -25,6 +25,10 @@ class SecondGradientError(RpeTvmError, NotImplementedError):
     """A gradient of attention's gradients was asked for."""
 
 
+class GpuGradientError(RpeTvmError, NotImplementedError):
+    """A gradient of an operator was asked for on a GPU, where it has none yet."""
+
+
 class ArtefactError(RpeTvmError, RuntimeError):
     """A compiled artefact was refused.
 

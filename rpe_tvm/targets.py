@@ -126,8 +126,8 @@ def preset(name: str) -> AnyTarget:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise BuildError(
-            f"Unknown target {name!r}: expected 'x86' (this machine's CPU), an x86 CPU name of LLVM's, such as haswell, "
-            f"skylake-avx512 or znver4, 'cuda' (this machine's GPU), or sm_80, sm_90, ....{hint}"
+            f"Unknown target {name!r}: expected 'x86' (this machine's CPU), an x86 CPU name of LLVM's, such as "
+            f"haswell, skylake-avx512 or znver4, 'cuda' (this machine's GPU), or sm_80, sm_90, ....{hint}"
         )
     return _spec(name, _needed_flags(name))
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpe_tvm.build import cache, cuda, link, manifest
+from rpe_tvm.build.files import copy_files
 from rpe_tvm.errors import BuildError
 from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.targets import AnyTarget, TargetSpec, to_tvm
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from rpe_tvm.build.lower import Lowered
 
-Config = AttentionConfig | BackwardConfig | ToeplitzConfig
+Config = AttentionConfig | BackwardConfig | ToeplitzConfig | GpuAttentionConfig
 
 _DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
 
@@ -54,7 +55,12 @@ def compile_operator(config: Config, target: AnyTarget) -> Path:
 
 
 def export(config: Config, target: AnyTarget, out_dir: str | os.PathLike[str]) -> Path:
-    """Compile an operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that."""
+    """Compile an operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that.
+
+    Beside artefacts for GPUs it puts the libraries of TVM that run them, so that `out_dir` needs nothing of TVM's.
+    """
+    if isinstance(target, GpuTargetSpec):
+        cuda.pack_runtime(Path(out_dir))
     return copy_artefact(compile_operator(config, target), Path(out_dir) / config.name / target.id)
 
 
@@ -149,22 +155,23 @@ def copy_artefact(artefact: Path, destination: Path) -> Path:
 
     A library that a process has loaded from there stays as it is for that process.
     """
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=destination, prefix=".copy-") as staging:
-            for file in (manifest.LIBRARY, manifest.FILE):
-                shutil.copyfile(artefact / file, Path(staging) / file)
-            for file in (manifest.LIBRARY, manifest.FILE):
-                os.replace(Path(staging) / file, destination / file)
-    except OSError as error:
-        raise BuildError(f"Could not write the compiled library to {destination}: {error}") from error
-    return destination
+    return copy_files(artefact, (manifest.LIBRARY, manifest.FILE), destination)
 
 
-def _lower(config: Config, target: TargetSpec) -> Lowered:
+def _lower(config: Config, target: AnyTarget) -> Lowered:
     # Not at the top: they import tvm, and the cache and the linker need none.
-    from rpe_tvm.build import lower, lower_backward, lower_toeplitz
+    from rpe_tvm.build import lower, lower_backward, lower_gpu, lower_toeplitz
 
+    if isinstance(config, GpuAttentionConfig):
+        if isinstance(target, GpuTargetSpec):
+            return lower_gpu.lower(config)
+        raise BuildError(
+            f"The config {config.name} is for GPUs, and the target {target.id} is none: expected cuda-sm_*."
+        )
+    if isinstance(target, GpuTargetSpec):
+        raise BuildError(
+            f"The config {config.name} is for CPUs, and the target {target.id} is none: expected x86_64-*."
+        )
     if isinstance(config, ToeplitzConfig):
         return lower_toeplitz.lower(config)
     if isinstance(config, BackwardConfig):

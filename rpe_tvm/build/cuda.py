@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpe_tvm.build import device_code, fatbin, link, nvcc
+from rpe_tvm.build.files import copy_files
 from rpe_tvm.errors import BuildError
 from rpe_tvm.gpu_targets import GpuTargetSpec, shared_bytes_of
 
@@ -61,6 +62,16 @@ def build(
         "nvcc": nvcc.version(),
         "kernels": _report(uses, code.shared_bytes),
     }
+
+
+def pack_runtime(artefacts: Path) -> None:
+    """Copy the libraries of TVM that run GPU libraries from the installed package to a directory of artefacts."""
+    from rpe_tvm.runtime import tvm_runtime  # imports tvm_ffi, and that torch
+
+    package = tvm_runtime.installed()
+    if package is None:
+        raise BuildError("The package apache-tvm has no directory: install it with pip, from a wheel.")
+    copy_files(package, tvm_runtime.LIBRARIES, artefacts / tvm_runtime.PACKED)
 
 
 def fitting(target: GpuTargetSpec, shared_bytes: dict[str, int]) -> tuple[str, ...]:

@@ -89,7 +89,9 @@ def blob(code: DeviceCode, binary: bytes) -> bytes:
     module = rest[8:]
     table = module.removeprefix(_string(b"cuda")).removesuffix(source)
     if packed != head + kind + _size(len(module)) + _string(b"cuda") + table + source:
-        raise BuildError("TVM packed device code in a form that this rpe_tvm does not know. Install the pinned version.")
+        raise BuildError(
+            "TVM packed device code in a form that this rpe_tvm does not know. Install the pinned version."
+        )
     module = _string(b"fatbin") + table + _string(binary)
     body = head[8:] + kind + _string(module)
     return _size(len(body)) + body

@@ -90,8 +90,8 @@ def link_with_device(code: Path, data: Path, library: Path) -> None:
     hooks = {name.decode() for name in re.findall(rb"__TVMBackend\w+", code.read_bytes())}
     if hooks:
         raise BuildError(
-            f"Host code of a GPU library calls {', '.join(sorted(hooks))}: it may only check arguments and launch kernels. "
-            "Intermediate arrays have to be arguments."
+            f"Host code of a GPU library calls {', '.join(sorted(hooks))}: it may only check arguments and launch "
+            "kernels. Intermediate arrays have to be arguments."
         )
     assembly = data.with_suffix(".s")
     assembly.write_text(_DATA_SYMBOL.format(path=data), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm.s_tir import Schedule
@@ -12,7 +13,10 @@ Loop = Any
 Block = Any
 
 PAIR = 2  # floats of a complex number
-LEAD = 5  # axes of a stage before its own: batch, head, pair of channels, parity, feature
+# axes of a stage's result after the leading ones, see `te.gpu_dft`
+AXES = {"ahead": 5, "back": 4}
+# positions whose outputs one block divides, and threads for each of them
+TILE, TEAM = 32, 8
 
 
 def _read_index(sch: Schedule, block: Block, source: str) -> int:
@@ -58,17 +62,20 @@ def _through_shared(sch: Schedule, producer: str, consumer: str, radix: int) -> 
 
 
 def _pad(sch: Schedule, store: Block, axis: int, row: int, width: int) -> None:
-    """Pad rows of `row` complex numbers by `width`, so that a half warp that reads several rows meets all banks."""
-    if width < HALF_WARP:
-        sch.storage_align(store, 0, LEAD + axis, PAIR * row, PAIR * width)
+    """Pad rows of `row` complex numbers by `width`, so that a half warp that reads several rows meets all banks.
 
-
-def _bind_threads(sch: Schedule, store: Block, threads: int) -> Loop:
-    """Give the butterflies that a block of loops (LEAD, block, t, rest ..., part) stores to threads.
-
-    Returns the loop of one butterfly.
+    `axis` counts from the end of the buffer's axes.
     """
-    axes = len(sch.get(store).writes[0].region) - LEAD
+    if width < HALF_WARP:
+        rank = len(sch.get(store).writes[0].region)
+        sch.storage_align(store, 0, rank - axis, PAIR * row, PAIR * width)
+
+
+def _bind_threads(sch: Schedule, store: Block, axes: int, threads: int) -> Loop:
+    """Give the butterflies that a block of loops (..., block, t, rest ..., part) stores to threads.
+
+    `axes` is the number of these last loops. Returns the loop of one butterfly.
+    """
     butterfly, t, *rest, part = sch.get_loops(store)[-axes:]
     sch.reorder(butterfly, *rest, t, part)
     _, thread = sch.split(sch.fuse(butterfly, *rest), [None, threads])
@@ -78,67 +85,170 @@ def _bind_threads(sch: Schedule, store: Block, threads: int) -> Loop:
     return thread
 
 
+def _stages(radices: tuple[int, ...], inverse: bool) -> list[tuple[str, int]]:
+    """Return (name, radix) of the stages of a forward transform, and of the inverse one where it follows."""
+    ahead = [(f"ahead{k}", radix) for k, radix in enumerate(radices)]
+    back = [(f"back{k}", radix) for k, radix in enumerate(reversed(radices))]
+    return ahead + back if inverse else ahead
+
+
+def _meet(sch: Schedule, stages: list[tuple[str, int]]) -> dict[str, tuple[Block, Block]]:
+    """Put shared memory between neighbouring stages; return its (store, load) blocks by the name of the first.
+
+    Where the spectrum is multiplied, from `ahead` to `back`, one thread has both.
+    """
+    return {
+        producer: _through_shared(sch, producer, consumer, radix)
+        for (producer, _), (consumer, radix) in zip(stages, stages[1:], strict=False)
+        if consumer != "back0"
+    }
+
+
+def _place(
+    sch: Schedule,
+    stages: list[tuple[str, int]],
+    meetings: dict[str, tuple[Block, Block]],
+    product: Loop,
+    butterfly: Loop,
+    threads: int,
+) -> None:
+    """Compute all stages under `product`, one transform of a block of threads; the last one under `butterfly`."""
+    _in_registers(sch, *stages[-1], butterfly)
+    for (producer, radix), (consumer, _) in reversed(list(zip(stages, stages[1:], strict=False))):
+        if consumer != "back0":
+            store, load = meetings[producer]
+            sch.compute_at(load, butterfly)
+            loops = _below(sch, load, butterfly)
+            _unroll(sch, loops[:-1])
+            sch.vectorize(loops[-1])
+            sch.compute_at(store, product, preserve_unit_loops=True)
+            butterfly = _bind_threads(sch, store, AXES[producer.rstrip("0123456789")], threads)
+        _in_registers(sch, producer, radix, butterfly)
+
+
+def _pad_meetings(
+    sch: Schedule, radices: tuple[int, ...], meetings: dict[str, tuple[Block, Block]], inverse: bool
+) -> None:
+    size, count = math.prod(radices), len(radices)
+    for k, radix in enumerate(radices[:-1]):
+        rest = size // radix
+        # forward: rows of `rest` numbers that blocks of the next stage read with `rest / next` neighbours each
+        _pad(sch, meetings[f"ahead{k}"][0], AXES["ahead"] - 1, rest, rest // radices[k + 1])
+        if inverse:  # the stage that made blocks of `rest` numbers wrote `rest / next` neighbours of each
+            _pad(sch, meetings[f"back{count - 2 - k}"][0], AXES["back"], rest, rest // radices[k + 1])
+        size = rest
+
+
+def _pack_in_shared(sch: Schedule, loop: Loop, threads: int) -> None:
+    packed = sch.get_sblock("packed")
+    sch.set_scope(packed, 0, "shared.dyn")
+    sch.compute_at(packed, loop, preserve_unit_loops=True)
+    *_, s, q, c = sch.get_loops(packed)
+    sch.reorder(q, s, c)
+    _, lane = sch.split(q, [None, threads])
+    sch.bind(lane, "threadIdx.x")
+
+
+def _bind_grid(sch: Schedule, *loops: Loop) -> None:
+    """Bind loops, outermost first, to an axis of the grid each: a symbolic extent would be divided by in the kernel."""
+    for loop, axis in zip(reversed(loops), "xyz", strict=False):
+        sch.bind(loop, f"blockIdx.{axis}")
+
+
 def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
     """Schedule `te.gpu_attention.fft_attention`: a block of threads for each (batch, head, pair, parity)."""
     radices, threads = config.radices, config.threads
-    count = len(radices)
-    ahead = [f"ahead{k}" for k in range(count)]
-    back = [f"back{k}" for k in range(count)]
-    stages = list(zip(ahead, radices, strict=True)) + list(zip(back, reversed(radices), strict=True))
-
-    # memory between neighbouring stages, except where the spectrum is multiplied: there one thread has both
-    meetings: dict[str, tuple[Block, Block]] = {}
-    for (producer, _), (consumer, radix) in zip(stages, stages[1:], strict=False):
-        if consumer != back[0]:
-            meetings[producer] = _through_shared(sch, producer, consumer, radix)
+    stages = _stages(radices, inverse=True)
+    meetings = _meet(sch, stages)
 
     partial = sch.get_sblock("partial")
     b, h, pair, p, s, q, c, feature = sch.get_loops(partial)
     outer, thread = sch.split(q, [None, threads])
     sch.reorder(b, h, pair, p, thread, feature, outer, s, c)
     block = sch.fuse(pair, p)
-    # an axis of the grid each: a symbolic number of heads would be divided by in the kernel
-    for loop, axis in ((b, "z"), (h, "y"), (block, "x")):
-        sch.bind(loop, f"blockIdx.{axis}")
+    _bind_grid(sch, b, h, block)
     sch.bind(thread, "threadIdx.x")
     result = sch.cache_write(partial, 0, "local")
     sch.reverse_compute_at(result, thread)
-    _unroll(sch, _below(sch, result, thread)[:-1])
-    sch.vectorize(sch.get_loops(result)[-1])
+    loops = _below(sch, result, thread)
+    _unroll(sch, loops[:-1])
+    sch.vectorize(loops[-1])
 
-    # from the last stage to the first, each under the loop of the threads that take its result
-    _in_registers(sch, back[-1], radices[0], outer)
-    at = outer
-    for (producer, radix), (consumer, _) in reversed(list(zip(stages, stages[1:], strict=False))):
-        if consumer == back[0]:
-            _in_registers(sch, producer, radix, at)
-            continue
-        store, load = meetings[producer]
-        sch.compute_at(load, at)
-        loops = _below(sch, load, at)
-        _unroll(sch, loops[:-1])
-        sch.vectorize(loops[-1])
-        sch.compute_at(store, feature, preserve_unit_loops=True)
-        at = _bind_threads(sch, store, threads)
-        _in_registers(sch, producer, radix, at)
-
-    packed = sch.get_sblock("packed")
-    sch.set_scope(packed, 0, "shared.dyn")
-    sch.compute_at(packed, block, preserve_unit_loops=True)
-    *_, s, q, c = sch.get_loops(packed)
-    sch.reorder(q, s, c)
-    _, lane = sch.split(q, [None, threads])
-    sch.bind(lane, "threadIdx.x")
-
-    size = config.length
-    for k, radix in enumerate(radices[:-1]):
-        rest = size // radix
-        # forward: rows of `rest` numbers that blocks of the next stage read with `rest / next` neighbours each
-        _pad(sch, meetings[ahead[k]][0], 1, rest, rest // radices[k + 1])
-        # inverse: the stage that made blocks of `rest` numbers wrote `rest / next` neighbours of each
-        _pad(sch, meetings[back[count - 2 - k]][0], 0, rest, rest // radices[k + 1])
-        size = rest
+    _place(sch, stages, meetings, feature, outer, threads)
+    _pack_in_shared(sch, block, threads)
+    _pad_meetings(sch, radices, meetings, inverse=True)
     _unroll(sch, sch.get_loops(partial)[-3:])
     sch.decompose_reduction(partial, feature)
-    initial = sch.get_sblock("partial_init")
-    _unroll(sch, sch.get_loops(initial)[-3:])
+    _unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-3:])
+
+
+def normalise(sch: Schedule, config: GpuAttentionConfig) -> None:
+    """Schedule `te.gpu_attention.normalise`: a tile of positions turns in shared memory from pairs to rows."""
+    out = sch.get_sblock("out")
+    b, h, i, channel = sch.get_loops(out)
+    bucket, position = sch.split(i, [None, config.length])
+    tile, position = sch.split(position, [None, TILE])
+    block = sch.fuse(bucket, tile)
+    _bind_grid(sch, b, h, block)
+    _, thread = sch.split(sch.fuse(position, channel), [None, TILE * TEAM])
+    sch.bind(thread, "threadIdx.x")
+    sums = sch.get_sblock("sums")
+    sch.set_scope(sums, 0, "shared.dyn")
+    sch.compute_at(sums, block, preserve_unit_loops=True)
+    pair, position, c = sch.get_loops(sums)[-3:]
+    _, thread = sch.split(sch.fuse(pair, position), [None, TILE * TEAM])
+    sch.bind(thread, "threadIdx.x")
+    sch.unroll(c)
+    rank = len(sch.get(sums).writes[0].region)
+    sch.storage_align(sums, 0, rank - 3, PAIR * TILE, PAIR)
+
+
+def features(sch: Schedule, config: GpuAttentionConfig) -> None:
+    """Schedule `te.gpu_features.features`: a thread has the row of one position in registers."""
+    for name in ("q", "k"):
+        phi = sch.get_sblock(f"phi_{name}")
+        b, h, feature, i = sch.get_loops(phi)
+        tile, thread = sch.split(i, [None, 64])
+        sch.reorder(b, h, tile, thread, feature)
+        _bind_grid(sch, b, h, tile)
+        sch.bind(thread, "threadIdx.x")
+        for block, loop, scope in (
+            (f"logits_{name}", feature, "local"),
+            (f"scale_{name}", thread, "local"),
+            (f"norm_{name}", thread, "local"),
+            (f"row_{name}", thread, "local"),
+        ):
+            stage = sch.get_sblock(block)
+            sch.set_scope(stage, 0, scope)
+            sch.compute_at(stage, loop)
+            loops = _below(sch, stage, loop)
+            _unroll(sch, loops)
+
+
+def largest_bias(sch: Schedule) -> None:
+    """Schedule `te.gpu_weights.largest_bias`: a block of threads for each head."""
+    largest, lanes = sch.get_sblock("largest"), sch.get_sblock("lanes")
+    head, lane = sch.get_loops(largest)
+    sch.bind(head, "blockIdx.x")
+    sch.bind(lane, "threadIdx.x")
+    sch.set_scope(lanes, 0, "shared.dyn")
+    sch.compute_at(lanes, head, preserve_unit_loops=True)
+    sch.bind(sch.get_loops(lanes)[-2], "threadIdx.x")
+
+
+def spectrum(sch: Schedule, config: GpuAttentionConfig) -> None:
+    """Schedule `te.gpu_weights.spectrum`: a block of threads for each (head, parity)."""
+    radices, threads = config.radices, config.threads
+    stages = _stages(radices, inverse=False)
+    meetings = _meet(sch, stages)
+    result = sch.get_sblock("spectrum")
+    h, p, t, block, c = sch.get_loops(result)
+    outer, thread = sch.split(block, [None, threads])
+    sch.reorder(h, p, outer, thread, t, c)
+    _bind_grid(sch, h, p)
+    sch.bind(thread, "threadIdx.x")
+    sch.unroll(t)
+    sch.vectorize(c)
+    _place(sch, stages, meetings, p, thread, threads)
+    _pack_in_shared(sch, p, threads)
+    _pad_meetings(sch, radices, meetings, inverse=False)

@@ -92,7 +92,7 @@ def compile_kernel(source: str, directory: Path, name: str | None = None) -> Cal
     body = source[re.search(rf'extern "C" __global__ void [^\n;{{]*{found}\([^)]*\) \{{', source).start() :]  # type: ignore[union-attr]
     body = body.split('extern "C" __global__', 2)
     text = 'extern "C" ' + body[1]
-    text = re.sub(r"extern __shared__[^;]*?(\w+)\[\];", r"unsigned char* \1 = shared_memory;", text)
+    text = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", text)
     parameters = [re.sub(r"__restrict__", "", p).split() for p in signature.split(",")]
     types = [" ".join(p[:-1]) for p in parameters]
     names = [p[-1].removesuffix("_ptr") for p in parameters]
@@ -110,7 +110,7 @@ def compile_kernel(source: str, directory: Path, name: str | None = None) -> Cal
         results = []
         for order in (-1, 1):
             copies = {
-                key: value.copy() if isinstance(value, np.ndarray) and order < 0 else value
+                key: value.copy(order="K") if isinstance(value, np.ndarray) and order < 0 else value
                 for key, value in arguments.items()
             }
             holders = [_pointer(copies[key]) for key in names]

@@ -90,3 +90,32 @@ def fft_attention(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         "partial",
     )
     return [phi_q, phi_k, value, spectrum, tables.tensor, partial]
+
+
+def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of the last step: both parities added, each channel divided by the denominator.
+
+    Returns
+    -------
+    list of te.Tensor
+        partial `[B, H, pairs, 2, P, 2]` as `fft_attention` returns it, tables (flat), out `[B, H, n_q, d]`.
+    """
+    d, length = config.head_dim, config.length
+    partial = te.placeholder(
+        [sizes.batch, sizes.heads, *map(cx.int64, (config.pairs, 2, length, 2))], cx.FLOAT, "partial"
+    )
+    tables = _tables(config)
+
+    def add(b: Expr, h: Expr, pair: Expr, i: Expr, c: Expr) -> Expr:
+        even, odd = (cx.load(partial, b, h, pair, p, i) for p in (0, 1))
+        return cx.part(c, cx.add(even, cx.mul_conj(odd, tables.parity(i))))
+
+    sums = cx.compute((sizes.batch, sizes.heads, config.pairs, length, 2), add, "sums")
+
+    def divide(b: Expr, h: Expr, i: Expr, ch: Expr) -> Expr:
+        position = i % length  # i < P always; the remainder tells the schedule so where n_q is symbolic
+        inverse = cx.real(1.0) / sums[b, h, d // 2, position, d % 2]
+        return (sums[b, h, ch // 2, position, ch % 2] * inverse).astype(config.dtype)
+
+    out = cx.compute((sizes.batch, sizes.heads, sizes.n_query, d), divide, "out")
+    return [partial, tables.tensor, out]

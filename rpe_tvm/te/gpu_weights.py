@@ -1,0 +1,100 @@
+"""From rpe_bias to the spectrum of the Toeplitz weights on GPUs.
+
+c[t] = exp(b[t] - max b), t = j - i, for -(n_q - 1) <= t <= n_k - 1; zero elsewhere and, where causal, for t > 0.
+Subtracting the largest allowed b of a head cancels between numerator and denominator.
+Source: Luo et al. 2021, Eqs. 11-13.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm import te, tirx
+
+from rpe_tvm.plan.gpu import GpuAttentionConfig, layout
+from rpe_tvm.te import complex as cx
+from rpe_tvm.te import gpu_dft
+from rpe_tvm.te.complex import Complex, Expr
+from rpe_tvm.te.shapes import Sizes
+
+# threads that look for the largest bias of a head
+LANES = 256
+
+
+def _inputs(sizes: Sizes) -> tuple[te.Tensor, Expr]:
+    bias = te.placeholder((sizes.heads, sizes.n_query + sizes.n_key - 1), cx.FLOAT, "rpe_bias")
+    return bias, te.var("causal", "int64")
+
+
+def largest_bias(sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of the largest bias that counts: rpe_bias `[H, n_q + n_k - 1]`, n_q, n_k, causal (0 or 1),
+    largest `[H]`.
+    """
+    bias, causal = _inputs(sizes)
+    count = sizes.n_query + sizes.n_key - 1
+    chunks = te.reduce_axis((cx.int64(0), (count + LANES - 1) // LANES), "chunk")
+    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(LANES)), "lane")
+
+    def candidate(h: Expr, offset: Expr) -> Expr:
+        allowed = tirx.all(offset < count, tirx.any(causal == 0, offset < sizes.n_query))
+        # NaN is left to exp(): a maximum would drop it
+        return tirx.if_then_else(allowed, bias[h, offset], cx.real(-math.inf))
+
+    lanes = te.compute(
+        (sizes.heads, cx.int64(LANES)),
+        lambda h, lane: te.max(candidate(h, chunks * LANES + lane), axis=chunks),
+        name="lanes",
+    )
+    largest = te.compute((sizes.heads,), lambda h: te.max(lanes[h, lane_axis], axis=lane_axis), name="largest")
+    return [bias, sizes.n_query, sizes.n_key, causal, largest]
+
+
+def spectrum(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of the spectra of C's circulant and skew-circulant part.
+
+    With g[s] = c[-s], the part of parity p is FFT_P of (g[s] +- g[s - P]) exp(-i pi p s / P), divided by 2 P.
+
+    Returns
+    -------
+    list
+        rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k, causal (0 or 1), tables (flat), spectrum
+        `[H, 2, R, P / R, 2]` with R the last radix: position block * R + t in digit order is element (t, block).
+    """
+    bias, causal = _inputs(sizes)
+    largest = te.placeholder((sizes.heads,), cx.FLOAT, "largest")
+    length, radices = config.length, config.radices
+    rest, last = length // radices[0], radices[-1]
+    where = layout(config)
+    tables = gpu_dft.Tables(te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables"), where)
+
+    def weight(h: Expr, t: Expr) -> Expr:
+        valid = tirx.all(t > -sizes.n_query, t < sizes.n_key, tirx.any(causal == 0, t <= 0))
+        found = tirx.exp(bias[h, t + sizes.n_query - 1] - largest[h])
+        return tirx.if_then_else(valid, found * cx.real(0.5 / length), cx.real(0.0))
+
+    def fold(h: Expr, p: Expr, s: Expr, q: Expr, c: Expr) -> Expr:
+        position = s * rest + q
+        same, wrapped = weight(h, -position), weight(h, length - position)
+        turned = cx.scale(tables.parity(position), same - wrapped)
+        return cx.part(
+            c,
+            (
+                tirx.Select(p == 0, same + wrapped, turned[0]),
+                tirx.Select(p == 0, cx.real(0.0), turned[1]),
+            ),
+        )
+
+    folded = cx.compute((sizes.heads, 2, radices[0], rest, 2), fold, "packed")
+
+    def load(at: tuple[Expr, ...], s: int, q: Expr) -> Complex:
+        return cx.load(folded, *at, s, q)
+
+    ahead = gpu_dft.forward(
+        "ahead", radices, (sizes.heads, 2), tables, load, lambda at, block, t, value: value
+    )
+    result = cx.compute(
+        (sizes.heads, 2, last, length // last, 2),
+        lambda h, p, t, block, c: ahead[h, p, block, t, 0, 0, c],
+        "spectrum",
+    )
+    return [bias, largest, sizes.n_query, sizes.n_key, causal, tables.tensor, result]

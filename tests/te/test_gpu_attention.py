@@ -1,0 +1,117 @@
+"""Attention by FFT on GPUs: the generated CUDA source, run on the CPU, against the float64 reference."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cuda_on_cpu import compile_kernel  # noqa: E402
+
+from rpe_tvm import reference
+from rpe_tvm.plan.gpu import GpuAttentionConfig, choose, tables
+
+pytestmark = pytest.mark.compile
+
+
+def generated(config: GpuAttentionConfig) -> str:
+    """The CUDA source of all functions of a config."""
+    import tvm
+    from tvm.target import Target
+
+    from rpe_tvm.build.lower_gpu import lower
+
+    target = Target({"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024}, host={"kind": "llvm"})
+    with target, tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
+        return str(tvm.compile(lower(config).mod, target).mod.imports[0].inspect_source())
+
+
+def run_attention(
+    source: str,
+    config: GpuAttentionConfig,
+    directory: Path,
+    inputs: dict[str, Any],
+    feature_map: str,
+    is_causal: bool,
+) -> np.ndarray:
+    """All kernels in turn, each block after the other."""
+    query, key, value, bias, projection = (inputs[k] for k in ("query", "key", "value", "bias", "projection"))
+    batch, heads, n_q, d = query.shape
+    n_k = key.shape[2]
+    m, length = config.num_features, config.length
+
+    def empty(*shape: int) -> np.ndarray:
+        return np.full(shape, np.nan, np.float32)
+
+    def strides(name: str, x: np.ndarray) -> dict[str, int]:
+        return {f"{name}_stride{axis}": x.strides[axis] // 4 for axis in range(x.ndim - 1)}
+
+    def launch(name: str, grid: tuple[int, int, int], threads: int, **arguments: Any) -> None:
+        run = compile_kernel(source, directory, name)
+        sizes = {"batch": batch, "heads": heads, "n_query": n_q, "n_key": n_k, "causal": int(is_causal)}
+        for each, array in list(arguments.items()):
+            if each in ("query", "key", "value", "out"):
+                sizes |= strides(each, array)
+        for z in range(grid[2]):
+            for y in range(grid[1]):
+                for x in range(grid[0]):
+                    run((x, y, z), threads, {**sizes, **arguments})
+
+    phi_q, phi_k = empty(batch, heads, m, length), empty(batch, heads, m, length)
+    tiles = length // 64
+    name = f"features_{feature_map}_kernel"
+    launch(name, (tiles, heads, batch), 64, query=query, projection=projection, phi_q=phi_q)
+    launch(f"{name}_1", (tiles, heads, batch), 64, key=key, projection=projection, phi_k=phi_k)
+    # its kernel reduces across threads with shuffles, which cannot run here: tests on a GPU cover it
+    largest = (bias[:, :n_q] if is_causal else bias).max(-1)
+    constants = tables(config)
+    spectrum = empty(heads, 2, config.radices[-1], length // config.radices[-1], 2)
+    launch("spectrum_kernel", (2, heads, 1), config.threads, rpe_bias=bias, largest=largest, tables=constants,
+           spectrum=spectrum)
+    partial = empty(batch, heads, config.pairs, 2, length, 2)
+    launch("attention_kernel", (2 * config.pairs, heads, batch), config.threads, phi_q=phi_q, phi_k=phi_k, value=value,
+           spectrum=spectrum, tables=constants, partial=partial)
+    out = empty(batch, heads, n_q, d)
+    launch("normalise_kernel", (length // 32, heads, batch), 256, partial=partial, tables=constants, out=out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "m", "d", "feature_map", "is_causal"),
+    [
+        (1, 1, 3, 4, "prf", False),
+        (63, 64, 3, 5, "nprf", True),
+        (100, 70, 2, 4, "nprf", False),
+        (250, 256, 2, 3, "prf", True),
+        (1000, 1000, 2, 2, "nprf", False),
+        (2048, 1500, 1, 2, "prf", False),
+    ],
+)
+def test_numbers(
+    tmp_path: Path, n_q: int, n_k: int, m: int, d: int, feature_map: str, is_causal: bool
+) -> None:
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    config = choose(max(n_q, n_k), m, d)
+    inputs = {
+        "query": normal(1, n_q, 2, d).transpose(0, 2, 1, 3),  # any strides but the last
+        "key": normal(1, 2, n_k, d),
+        "value": normal(1, n_k, 2, d).transpose(0, 2, 1, 3),
+        "bias": normal(2, n_q + n_k - 1),
+        "projection": normal(m, d),
+    }
+    out = run_attention(generated(config), config, tmp_path, inputs, feature_map, is_causal)
+    *_, expected = reference.attention(
+        inputs["query"], inputs["key"], inputs["value"], inputs["bias"], inputs["projection"],
+        feature_map=feature_map, is_causal=is_causal,
+    )
+    error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
+    # causal: the first rows have few terms, and the FFT's rounding errors are those of the longest sums
+    assert error < (2e-4 if is_causal else 2e-6), error

@@ -19,25 +19,24 @@ AXES = {"ahead": 5, "back": 4}
 TILE, TEAM = 32, 8
 
 
-def _read_index(sch: Schedule, block: Block, source: str) -> int:
-    """Return which of a block's reads is the buffer that another block writes."""
-    buffer = sch.get(sch.get_sblock(source)).writes[0].source
-    return next(i for i, region in enumerate(sch.get(block).reads) if region.source.same_as(buffer))
+def read_index(sch: Schedule, block: Block, name: str) -> int:
+    """Return which of a block's reads is the buffer called `name`."""
+    return next(i for i, region in enumerate(sch.get(block).reads) if region.source.name == name)
 
 
-def _unroll(sch: Schedule, loops: list[Loop]) -> None:
+def unroll(sch: Schedule, loops: list[Loop]) -> None:
     for loop in loops:
         sch.unroll(loop)
 
 
-def _below(sch: Schedule, block: Block, loop: Loop) -> list[Loop]:
+def below(sch: Schedule, block: Block, loop: Loop) -> list[Loop]:
     """Return the loops of a block inside `loop`."""
     loops = sch.get_loops(block)
     outer = sch.get(loop).loop_var
     return loops[1 + next(i for i, each in enumerate(loops) if sch.get(each).loop_var.same_as(outer)) :]
 
 
-def _entry(sch: Schedule, stage: str, radix: int) -> Block:
+def entry(sch: Schedule, stage: str, radix: int) -> Block:
     """Return the block of a stage that reads the stage before."""
     return sch.get_sblock(f"{stage}_first" if radix in COMPOSITE else stage)
 
@@ -49,13 +48,13 @@ def _in_registers(sch: Schedule, stage: str, radix: int, loop: Loop) -> None:
         block = sch.get_sblock(name)
         sch.set_scope(block, 0, "local")
         sch.compute_at(block, loop)
-        _unroll(sch, _below(sch, block, loop))
+        unroll(sch, below(sch, block, loop))
 
 
 def _through_shared(sch: Schedule, producer: str, consumer: str, radix: int) -> tuple[Block, Block]:
     """Put shared memory between two stages; return the blocks that write to it and that read from it."""
-    reader = _entry(sch, consumer, radix)
-    index = _read_index(sch, reader, producer)
+    reader = entry(sch, consumer, radix)
+    index = read_index(sch, reader, producer)
     store = sch.cache_read(reader, index, "shared.dyn")
     load = sch.cache_read(reader, index, "local")
     return store, load
@@ -85,48 +84,52 @@ def _bind_threads(sch: Schedule, store: Block, axes: int, threads: int) -> Loop:
     return thread
 
 
-def _stages(radices: tuple[int, ...], inverse: bool) -> list[tuple[str, int]]:
+def stages(radices: tuple[int, ...], inverse: bool) -> list[tuple[str, int]]:
     """Return (name, radix) of the stages of a forward transform, and of the inverse one where it follows."""
     ahead = [(f"ahead{k}", radix) for k, radix in enumerate(radices)]
     back = [(f"back{k}", radix) for k, radix in enumerate(reversed(radices))]
     return ahead + back if inverse else ahead
 
 
-def _meet(sch: Schedule, stages: list[tuple[str, int]]) -> dict[str, tuple[Block, Block]]:
+def meet(sch: Schedule, chain: list[tuple[str, int]]) -> dict[str, tuple[Block, Block]]:
     """Put shared memory between neighbouring stages; return its (store, load) blocks by the name of the first.
 
     Where the spectrum is multiplied, from `ahead` to `back`, one thread has both.
     """
     return {
         producer: _through_shared(sch, producer, consumer, radix)
-        for (producer, _), (consumer, radix) in zip(stages, stages[1:], strict=False)
+        for (producer, _), (consumer, radix) in zip(chain, chain[1:], strict=False)
         if consumer != "back0"
     }
 
 
-def _place(
+def place(
     sch: Schedule,
-    stages: list[tuple[str, int]],
+    chain: list[tuple[str, int]],
     meetings: dict[str, tuple[Block, Block]],
     product: Loop,
     butterfly: Loop,
     threads: int,
-) -> None:
-    """Compute all stages under `product`, one transform of a block of threads; the last one under `butterfly`."""
-    _in_registers(sch, *stages[-1], butterfly)
-    for (producer, radix), (consumer, _) in reversed(list(zip(stages, stages[1:], strict=False))):
+) -> Loop:
+    """Compute all stages under `product`, one transform of a block of threads; the last one under `butterfly`.
+
+    Returns the loop of one butterfly of the first stage.
+    """
+    _in_registers(sch, *chain[-1], butterfly)
+    for (producer, radix), (consumer, _) in reversed(list(zip(chain, chain[1:], strict=False))):
         if consumer != "back0":
             store, load = meetings[producer]
             sch.compute_at(load, butterfly)
-            loops = _below(sch, load, butterfly)
-            _unroll(sch, loops[:-1])
+            loops = below(sch, load, butterfly)
+            unroll(sch, loops[:-1])
             sch.vectorize(loops[-1])
             sch.compute_at(store, product, preserve_unit_loops=True)
             butterfly = _bind_threads(sch, store, AXES[producer.rstrip("0123456789")], threads)
         _in_registers(sch, producer, radix, butterfly)
+    return butterfly
 
 
-def _pad_meetings(
+def pad_meetings(
     sch: Schedule, radices: tuple[int, ...], meetings: dict[str, tuple[Block, Block]], inverse: bool
 ) -> None:
     size, count = math.prod(radices), len(radices)
@@ -149,7 +152,7 @@ def _pack_in_shared(sch: Schedule, loop: Loop, threads: int) -> None:
     sch.bind(lane, "threadIdx.x")
 
 
-def _bind_grid(sch: Schedule, *loops: Loop) -> None:
+def bind_grid(sch: Schedule, *loops: Loop) -> None:
     """Bind loops, outermost first, to an axis of the grid each: a symbolic extent would be divided by in the kernel."""
     for loop, axis in zip(reversed(loops), "xyz", strict=False):
         sch.bind(loop, f"blockIdx.{axis}")
@@ -158,28 +161,28 @@ def _bind_grid(sch: Schedule, *loops: Loop) -> None:
 def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
     """Schedule `te.gpu_attention.fft_attention`: a block of threads for each (batch, head, pair, parity)."""
     radices, threads = config.radices, config.threads
-    stages = _stages(radices, inverse=True)
-    meetings = _meet(sch, stages)
+    chain = stages(radices, inverse=True)
+    meetings = meet(sch, chain)
 
     partial = sch.get_sblock("partial")
     b, h, pair, p, s, q, c, feature = sch.get_loops(partial)
     outer, thread = sch.split(q, [None, threads])
     sch.reorder(b, h, pair, p, thread, feature, outer, s, c)
     block = sch.fuse(pair, p)
-    _bind_grid(sch, b, h, block)
+    bind_grid(sch, b, h, block)
     sch.bind(thread, "threadIdx.x")
     result = sch.cache_write(partial, 0, "local")
     sch.reverse_compute_at(result, thread)
-    loops = _below(sch, result, thread)
-    _unroll(sch, loops[:-1])
+    loops = below(sch, result, thread)
+    unroll(sch, loops[:-1])
     sch.vectorize(loops[-1])
 
-    _place(sch, stages, meetings, feature, outer, threads)
+    place(sch, chain, meetings, feature, outer, threads)
     _pack_in_shared(sch, block, threads)
-    _pad_meetings(sch, radices, meetings, inverse=True)
-    _unroll(sch, sch.get_loops(partial)[-3:])
+    pad_meetings(sch, radices, meetings, inverse=True)
+    unroll(sch, sch.get_loops(partial)[-3:])
     sch.decompose_reduction(partial, feature)
-    _unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-3:])
+    unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-3:])
 
 
 def normalise(sch: Schedule, config: GpuAttentionConfig) -> None:
@@ -189,7 +192,7 @@ def normalise(sch: Schedule, config: GpuAttentionConfig) -> None:
     bucket, position = sch.split(i, [None, config.length])
     tile, position = sch.split(position, [None, TILE])
     block = sch.fuse(bucket, tile)
-    _bind_grid(sch, b, h, block)
+    bind_grid(sch, b, h, block)
     _, thread = sch.split(sch.fuse(position, channel), [None, TILE * TEAM])
     sch.bind(thread, "threadIdx.x")
     sums = sch.get_sblock("sums")
@@ -210,7 +213,7 @@ def features(sch: Schedule, config: GpuAttentionConfig) -> None:
         b, h, feature, i = sch.get_loops(phi)
         tile, thread = sch.split(i, [None, 64])
         sch.reorder(b, h, tile, thread, feature)
-        _bind_grid(sch, b, h, tile)
+        bind_grid(sch, b, h, tile)
         sch.bind(thread, "threadIdx.x")
         for block, loop, scope in (
             (f"logits_{name}", feature, "local"),
@@ -221,8 +224,8 @@ def features(sch: Schedule, config: GpuAttentionConfig) -> None:
             stage = sch.get_sblock(block)
             sch.set_scope(stage, 0, scope)
             sch.compute_at(stage, loop)
-            loops = _below(sch, stage, loop)
-            _unroll(sch, loops)
+            loops = below(sch, stage, loop)
+            unroll(sch, loops)
 
 
 def largest_bias(sch: Schedule) -> None:
@@ -239,16 +242,16 @@ def largest_bias(sch: Schedule) -> None:
 def spectrum(sch: Schedule, config: GpuAttentionConfig) -> None:
     """Schedule `te.gpu_weights.spectrum`: a block of threads for each (head, parity)."""
     radices, threads = config.radices, config.threads
-    stages = _stages(radices, inverse=False)
-    meetings = _meet(sch, stages)
+    chain = stages(radices, inverse=False)
+    meetings = meet(sch, chain)
     result = sch.get_sblock("spectrum")
     h, p, t, block, c = sch.get_loops(result)
     outer, thread = sch.split(block, [None, threads])
     sch.reorder(h, p, outer, thread, t, c)
-    _bind_grid(sch, h, p)
+    bind_grid(sch, h, p)
     sch.bind(thread, "threadIdx.x")
     sch.unroll(t)
     sch.vectorize(c)
-    _place(sch, stages, meetings, p, thread, threads)
+    place(sch, chain, meetings, p, thread, threads)
     _pack_in_shared(sch, p, threads)
-    _pad_meetings(sch, radices, meetings, inverse=False)
+    pad_meetings(sch, radices, meetings, inverse=False)

@@ -12,15 +12,37 @@ from rpe_tvm.build.lower import Lowered, named
 from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.schedules import gpu
-from rpe_tvm.te import gpu_attention, gpu_features, gpu_weights, shapes
+from rpe_tvm.schedules import gpu_long as gpu_long_schedules
+from rpe_tvm.te import gpu_attention, gpu_features, gpu_long, gpu_weights, shapes
 
 STRIDED = frozenset(("query", "key", "value", "out"))
 
 
-def lower(config: GpuAttentionConfig) -> Lowered:
-    """Return the functions `features_prf`, `features_nprf`, `largest`, `spectrum`, `attention` and `normalise`, scheduled.
+Function = tuple[str, list[te.Tensor], Callable[[Schedule, GpuAttentionConfig], None]]
 
-    Batch, heads and lengths are read from the arguments of each call.
+
+def _short(config: GpuAttentionConfig, sizes: shapes.Sizes) -> list[Function]:
+    return [
+        ("spectrum", gpu_weights.spectrum(config, sizes), gpu.spectrum),
+        ("attention", gpu_attention.fft_attention(config, sizes), gpu.fft_attention),
+    ]
+
+
+def _long(config: GpuAttentionConfig, sizes: shapes.Sizes) -> list[Function]:
+    return [
+        ("spectrum_columns", gpu_long.spectrum_columns(config, sizes), gpu_long_schedules.spectrum_columns),
+        ("spectrum_rows", gpu_long.spectrum_rows(config, sizes), gpu_long_schedules.spectrum_rows),
+        ("columns", gpu_long.columns(config, sizes), gpu_long_schedules.columns),
+        ("rows", gpu_long.rows(config), gpu_long_schedules.rows),
+        ("back_columns", gpu_long.back_columns(config), gpu_long_schedules.back_columns),
+    ]
+
+
+def lower(config: GpuAttentionConfig) -> Lowered:
+    """Return the scheduled functions.
+
+    `features_prf`, `features_nprf`, `largest`, `spectrum`, `attention` and `normalise`; where a transform does not fit into
+    shared memory `spectrum_columns` and `spectrum_rows`, and `columns`, `rows` and `back_columns`. Batch, heads and lengths are read from the arguments of each call.
     """
     sizes = shapes.symbolic()
     functions: dict[str, tvm.tirx.PrimFunc] = {}
@@ -37,7 +59,7 @@ def lower(config: GpuAttentionConfig) -> Lowered:
             lambda sch: gpu.features(sch, config),
         )
     add("largest", gpu_weights.largest_bias(sizes), gpu.largest_bias)
-    add("spectrum", gpu_weights.spectrum(config, sizes), lambda sch: gpu.spectrum(sch, config))
-    add("attention", gpu_attention.fft_attention(config, sizes), lambda sch: gpu.fft_attention(sch, config))
+    for name, expressions, schedule in (_short if config.columns == 1 else _long)(config, sizes):
+        add(name, expressions, lambda sch, schedule=schedule: schedule(sch, config))
     add("normalise", gpu_attention.normalise(config, sizes), lambda sch: gpu.normalise(sch, config))
     return Lowered(tvm.IRModule(functions), {"source": "default"})

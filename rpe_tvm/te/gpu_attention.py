@@ -7,6 +7,8 @@ Source: Luo et al. 2021, Eq. 10 and Sec. 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm import te, tirx
 
 from rpe_tvm.plan.gpu import GpuAttentionConfig, layout
@@ -16,7 +18,8 @@ from rpe_tvm.te.complex import Complex, Expr
 from rpe_tvm.te.shapes import Sizes
 
 
-def _tables(config: GpuAttentionConfig) -> gpu_dft.Tables:
+def make_tables(config: GpuAttentionConfig) -> gpu_dft.Tables:
+    """Return the placeholder of a config's constants."""
     where = layout(config)
     return gpu_dft.Tables(te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables"), where)
 
@@ -24,6 +27,30 @@ def _tables(config: GpuAttentionConfig) -> gpu_dft.Tables:
 def _partial_shape(config: GpuAttentionConfig, sizes: Sizes) -> list[Expr]:
     fixed = (config.pairs, 2, config.radices[0], config.length // config.radices[0], 2)
     return [sizes.batch, sizes.heads, *map(cx.int64, fixed)]
+
+
+def packed_element(
+    config: GpuAttentionConfig,
+    sizes: Sizes,
+    tables: gpu_dft.Tables,
+    value: Callable[[Expr, Expr], Expr],
+    pair: Expr,
+    parity: Expr,
+    position: Expr,
+    part: Expr,
+) -> Expr:
+    """Return the real or imaginary part of a pair of channels at a position, twisted where the parity is 1."""
+    d = config.head_dim
+
+    def element(half: int) -> Expr:
+        ch = 2 * pair + half
+        # past the end the last position again, whose features are zero: a bound instead of a branch
+        loaded = value(tirx.min(position, sizes.n_key - 1), tirx.min(ch, d - 1)).astype(cx.FLOAT)
+        return tirx.Select(ch < d, loaded, tirx.Select(ch == d, cx.real(1.0), cx.real(0.0)))
+
+    plain = (element(0), element(1))
+    turned = cx.mul(plain, tables.parity(position))
+    return cx.part(part, (tirx.Select(parity == 0, plain[0], turned[0]), tirx.Select(parity == 0, plain[1], turned[1])))
 
 
 def fft_attention(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -51,21 +78,10 @@ def fft_attention(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     )
     value = te.placeholder((batch, heads, sizes.n_key, cx.int64(d)), config.dtype, "value")
     spectrum = te.placeholder((heads, *map(cx.int64, (2, last, length // last, 2))), cx.FLOAT, "spectrum")
-    tables = _tables(config)
+    tables = make_tables(config)
 
     def pack(b: Expr, h: Expr, pair: Expr, p: Expr, s: Expr, q: Expr, c: Expr) -> Expr:
-        position = s * rest + q
-
-        def element(half: int) -> Expr:
-            ch = 2 * pair + half
-            # past the end the last position again, whose features are zero: a bound instead of a branch
-            row = tirx.min(position, sizes.n_key - 1)
-            loaded = value[b, h, row, tirx.min(ch, d - 1)].astype(cx.FLOAT)
-            return tirx.Select(ch < d, loaded, tirx.Select(ch == d, cx.real(1.0), cx.real(0.0)))
-
-        plain = (element(0), element(1))
-        turned = cx.mul(plain, tables.parity(position))
-        return cx.part(c, (tirx.Select(p == 0, plain[0], turned[0]), tirx.Select(p == 0, plain[1], turned[1])))
+        return packed_element(config, sizes, tables, lambda *at: value[(b, h, *at)], pair, p, s * rest + q, c)
 
     packed = cx.compute((batch, heads, config.pairs, 2, radices[0], rest, 2), pack, "packed")
 
@@ -104,7 +120,7 @@ def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     partial = te.placeholder(
         [sizes.batch, sizes.heads, *map(cx.int64, (config.pairs, 2, length, 2))], cx.FLOAT, "partial"
     )
-    tables = _tables(config)
+    tables = make_tables(config)
 
     def add(b: Expr, h: Expr, pair: Expr, i: Expr, c: Expr) -> Expr:
         even, odd = (cx.load(partial, b, h, pair, p, i) for p in (0, 1))

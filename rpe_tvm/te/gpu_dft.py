@@ -41,11 +41,23 @@ class Tables:
             return cx.mul(self.twiddle(size, radix, t - t % 4, q), self.twiddle(size, radix, t % 4, q))
         return cx.load_flat(self.tensor, self.layout.stages[size, radix] + 2 * (t * (size // radix) + q))
 
+    def split(self, k1: Expr, n2: Expr, row: int) -> Complex:
+        return cx.load_flat(self.tensor, self.layout.split + 2 * (k1 * row + n2))
+
     def parity(self, position: Expr) -> Complex:
         return cx.load_flat(self.tensor, self.layout.parity + 2 * position)
 
 
-def _butterfly(
+def _dft(x: Sequence[Complex], sign: int) -> list[Complex]:
+    """Return the DFT of 2, 3, 4, 5 or 8 values, unrolled."""
+    if len(x) != 8:
+        return cx.dft(x, sign)
+    even, odd = cx.dft(x[0::2], sign), cx.dft(x[1::2], sign)
+    turned = [cx.rotate(odd[k], k, 8, sign) for k in range(4)]
+    return [cx.add(even[k], turned[k]) for k in range(4)] + [cx.sub(even[k], turned[k]) for k in range(4)]
+
+
+def butterfly(
     name: str, shape: Sequence[Expr], radix: int, sign: int, load: Callable[[Index, int], Complex]
 ) -> Callable[[Index], list[Complex]]:
     """Return the function indices -> DFT of the `radix` values `load(indices, s)`.
@@ -60,7 +72,7 @@ def _butterfly(
     def first(*index: Expr) -> Expr:
         where, (t1, q, c) = index[:-3], index[-3:]
         x = [cx.choose(q, [load(where, s1 * factor2 + q2) for q2 in range(factor2)]) for s1 in range(factor1)]
-        y = cx.dft(x, sign)
+        y = _dft(x, sign)
         turned = [cx.choose(q, [cx.rotate(y[k], k * q2, radix, sign) for q2 in range(factor2)]) for k in range(factor1)]
         return cx.part(c, cx.choose(t1, turned))
 
@@ -96,11 +108,11 @@ def forward(
 
         following = (*radices, 1)[number + 1]
         shape = (*lead, blocks, rest)
-        butterfly = _butterfly(f"{name}{number}", shape, radix, -1, load_stage)
+        butterfly_of = butterfly(f"{name}{number}", shape, radix, -1, load_stage)
 
         def stage(
             *index: Expr,
-            butterfly: Callable[[Index], list[Complex]] = butterfly,
+            butterfly_of: Callable[[Index], list[Complex]] = butterfly_of,
             rest: int = rest,
             radix: int = radix,
             size: int = size,
@@ -108,7 +120,7 @@ def forward(
         ) -> Expr:
             *where, block, t, s, q, c = index
             q = s * (rest // following) + q
-            y = butterfly((*where, block, q))
+            y = butterfly_of((*where, block, q))
             if rest > 1:
                 y = [y[0]] + [cx.mul(y[k], tables.twiddle(size, radix, k, q)) for k in range(1, radix)]
             else:
@@ -144,11 +156,11 @@ def inverse(
             value = cx.load(previous, *where, block * radix + t, q // before, q % before)
             return value if t == 0 else cx.mul_conj(value, tables.twiddle(size, radix, t, q))
 
-        butterfly = _butterfly(f"{name}{number}", (*lead, blocks, rest), radix, +1, load_stage)
+        butterfly_of = butterfly(f"{name}{number}", (*lead, blocks, rest), radix, +1, load_stage)
 
-        def stage(*index: Expr, butterfly: Callable[[Index], list[Complex]] = butterfly) -> Expr:
+        def stage(*index: Expr, butterfly_of: Callable[[Index], list[Complex]] = butterfly_of) -> Expr:
             *where, block, s, q, c = index
-            return cx.part(c, cx.choose(s, butterfly((*where, block, q))))
+            return cx.part(c, cx.choose(s, butterfly_of((*where, block, q))))
 
         result = cx.compute((*lead, blocks, radix, rest, 2), stage, f"{name}{number}")
     return result

@@ -11,26 +11,53 @@ import math
 
 from tvm import te, tirx
 
-from rpe_tvm.plan.gpu import GpuAttentionConfig, layout
+from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import gpu_dft
 from rpe_tvm.te.complex import Complex, Expr
+from rpe_tvm.te.gpu_attention import make_tables
 from rpe_tvm.te.shapes import Sizes
 
 # threads that look for the largest bias of a head
 LANES = 256
 
 
-def _inputs(sizes: Sizes) -> tuple[te.Tensor, Expr]:
+def weight_inputs(sizes: Sizes) -> tuple[te.Tensor, te.Tensor, Expr]:
+    """Return the placeholders of rpe_bias, its largest entries, and whether queries see no later keys."""
     bias = te.placeholder((sizes.heads, sizes.n_query + sizes.n_key - 1), cx.FLOAT, "rpe_bias")
-    return bias, te.var("causal", "int64")
+    return bias, te.placeholder((sizes.heads,), cx.FLOAT, "largest"), te.var("causal", "int64")
+
+
+def folded_weight(
+    config: GpuAttentionConfig,
+    sizes: Sizes,
+    tables: gpu_dft.Tables,
+    bias: te.Tensor,
+    largest: te.Tensor,
+    causal: Expr,
+    h: Expr,
+    parity: Expr,
+    position: Expr,
+    part: Expr,
+) -> Expr:
+    """Return the real or imaginary part of what is transformed to the spectrum of a parity, at a position."""
+
+    def weight(t: Expr) -> Expr:
+        valid = tirx.all(t > -sizes.n_query, t < sizes.n_key, tirx.any(causal == 0, t <= 0))
+        found = tirx.exp(bias[h, t + sizes.n_query - 1] - largest[h])
+        return tirx.if_then_else(valid, found * cx.real(0.5 / config.length), cx.real(0.0))
+
+    same, wrapped = weight(-position), weight(config.length - position)
+    turned = cx.scale(tables.parity(position), same - wrapped)
+    real = tirx.Select(parity == 0, same + wrapped, turned[0])
+    return cx.part(part, (real, tirx.Select(parity == 0, cx.real(0.0), turned[1])))
 
 
 def largest_bias(sizes: Sizes) -> list[te.Tensor]:
     """Return the arguments of the largest bias that counts: rpe_bias `[H, n_q + n_k - 1]`, n_q, n_k, causal (0 or 1),
     largest `[H]`.
     """
-    bias, causal = _inputs(sizes)
+    bias, _, causal = weight_inputs(sizes)
     count = sizes.n_query + sizes.n_key - 1
     chunks = te.reduce_axis((cx.int64(0), (count + LANES - 1) // LANES), "chunk")
     lane_axis = te.reduce_axis((cx.int64(0), cx.int64(LANES)), "lane")
@@ -60,31 +87,15 @@ def spectrum(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k, causal (0 or 1), tables (flat), spectrum
         `[H, 2, R, P / R, 2]` with R the last radix: position block * R + t in digit order is element (t, block).
     """
-    bias, causal = _inputs(sizes)
-    largest = te.placeholder((sizes.heads,), cx.FLOAT, "largest")
+    bias, largest, causal = weight_inputs(sizes)
     length, radices = config.length, config.radices
     rest, last = length // radices[0], radices[-1]
-    where = layout(config)
-    tables = gpu_dft.Tables(te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables"), where)
-
-    def weight(h: Expr, t: Expr) -> Expr:
-        valid = tirx.all(t > -sizes.n_query, t < sizes.n_key, tirx.any(causal == 0, t <= 0))
-        found = tirx.exp(bias[h, t + sizes.n_query - 1] - largest[h])
-        return tirx.if_then_else(valid, found * cx.real(0.5 / length), cx.real(0.0))
-
-    def fold(h: Expr, p: Expr, s: Expr, q: Expr, c: Expr) -> Expr:
-        position = s * rest + q
-        same, wrapped = weight(h, -position), weight(h, length - position)
-        turned = cx.scale(tables.parity(position), same - wrapped)
-        return cx.part(
-            c,
-            (
-                tirx.Select(p == 0, same + wrapped, turned[0]),
-                tirx.Select(p == 0, cx.real(0.0), turned[1]),
-            ),
-        )
-
-    folded = cx.compute((sizes.heads, 2, radices[0], rest, 2), fold, "packed")
+    tables = make_tables(config)
+    folded = cx.compute(
+        (sizes.heads, 2, radices[0], rest, 2),
+        lambda h, p, s, q, c: folded_weight(config, sizes, tables, bias, largest, causal, h, p, s * rest + q, c),
+        "packed",
+    )
 
     def load(at: tuple[Expr, ...], s: int, q: Expr) -> Complex:
         return cx.load(folded, *at, s, q)

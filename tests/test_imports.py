@@ -20,10 +20,11 @@ BELOW = {
     "reference": {"errors"},
     "plan": {"errors"},
     "runtime": {"errors", "plan"},
-    "targets": {"errors"},
+    "gpu_targets": {"errors"},
+    "targets": {"errors", "gpu_targets"},
     "te": {"errors", "plan"},
     "schedules": {"errors", "plan", "te"},
-    "build": {"errors", "plan", "te", "schedules", "targets", "runtime"},
+    "build": {"errors", "plan", "te", "schedules", "gpu_targets", "targets", "runtime"},
     "tune": {"errors", "plan", "te", "schedules", "targets", "build", "runtime", "reference"},
     "torch": {"errors", "plan", "runtime"},
     "peers": {"errors", "reference"},
@@ -45,13 +46,14 @@ BELOW = {
 # Layer -> what a function may import besides, when it runs: compiling on demand, and the commands of the
 # command line.
 ON_DEMAND = {
+    "gpu_targets": {"runtime"},
     "targets": {"runtime"},
     "torch": {"build", "targets"},
     "bench": {"peers", "torch"},
     "bench_toeplitz": {"peers", "torch"},
     "bench_train_steps": {"peers", "torch"},
     "bench_train_reference": {"peers"},
-    "cli": {"build", "plan", "targets", "torch", "tune"},
+    "cli": {"build", "gpu_targets", "plan", "runtime", "targets", "torch", "tune"},
 }
 BENCHMARKS = {
     *("bench", "bench_toeplitz", "bench_turns"),
@@ -59,7 +61,7 @@ BENCHMARKS = {
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {
-    "tvm": ({"te", "schedules", "build", "tune"}, {"targets"}),
+    "tvm": ({"te", "schedules", "build", "tune"}, {"gpu_targets", "targets"}),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"targets"}),
     "torch": ({"torch", "peers"}, BENCHMARKS),
     "matplotlib": (set(), {"bench_output"}),

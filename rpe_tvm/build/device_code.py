@@ -14,6 +14,8 @@ from rpe_tvm.errors import BuildError
 if TYPE_CHECKING:
     import tvm
 
+# Attribute of a function: how many blocks of threads of its kernels a multiprocessor shall hold; bounds their registers.
+BLOCKS_ATTRIBUTE = "rpe_tvm.blocks_per_sm"
 # Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
@@ -56,6 +58,7 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
     """
     try:
         host, device = _split(mod, target)
+        device = _bound_registers(device, mod)
         with _source_is_kept():
             host_module, source = _generate(host, device, target)
     except BuildError:
@@ -111,6 +114,27 @@ def _split(mod: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModule, 
     host = tvm.tirx.transform.Filter(is_host)(lowered)
     device = tvm.tirx.transform.Filter(lambda function: not is_host(function))(lowered)
     return finish_host()(host), finish_device()(device)
+
+
+def _bound_registers(device: tvm.IRModule, mod: tvm.IRModule) -> tvm.IRModule:
+    """Hand `BLOCKS_ATTRIBUTE` of functions on to their kernels, as TVM's code generator reads it."""
+    import tvm
+    from tvm import tirx
+
+    bounds = {
+        str(function.attrs["global_symbol"]): int(function.attrs[BLOCKS_ATTRIBUTE])
+        for function in mod.functions.values()
+        if BLOCKS_ATTRIBUTE in function.attrs
+    }
+
+    def bounded(kernel: Any) -> Any:
+        symbol = str(kernel.attrs["global_symbol"]).rpartition("_kernel")[0]
+        if symbol not in bounds:
+            return kernel
+        blocks = tirx.const(bounds[symbol], "int32")
+        return kernel.with_body(tirx.AttrStmt(blocks, "tirx.launch_bounds_min_blocks_per_sm", blocks, kernel.body))
+
+    return tvm.IRModule({name: bounded(kernel) for name, kernel in device.functions.items()}, attrs=device.attrs)
 
 
 def _generate(host: tvm.IRModule, device: tvm.IRModule, target: tvm.target.Target) -> tuple[Any, str]:

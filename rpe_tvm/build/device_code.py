@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,9 +59,9 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
     """
     try:
         host, device = _split(mod, target)
-        device = _bound_registers(device, mod)
         with _source_is_kept():
             host_module, source = _generate(host, device, target)
+        source = _bound_registers(source, mod)
     except BuildError:
         raise
     except Exception as error:  # TVM raises whatever class its C++ code named
@@ -116,25 +117,16 @@ def _split(mod: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModule, 
     return finish_host()(host), finish_device()(device)
 
 
-def _bound_registers(device: tvm.IRModule, mod: tvm.IRModule) -> tvm.IRModule:
-    """Hand `BLOCKS_ATTRIBUTE` of functions on to their kernels, as TVM's code generator reads it."""
-    import tvm
-    from tvm import tirx
-
-    bounds = {
-        str(function.attrs["global_symbol"]): int(function.attrs[BLOCKS_ATTRIBUTE])
-        for function in mod.functions.values()
-        if BLOCKS_ATTRIBUTE in function.attrs
-    }
-
-    def bounded(kernel: Any) -> Any:
-        symbol = str(kernel.attrs["global_symbol"]).rpartition("_kernel")[0]
-        if symbol not in bounds:
-            return kernel
-        blocks = tirx.const(bounds[symbol], "int32")
-        return kernel.with_body(tirx.AttrStmt(blocks, "tirx.launch_bounds_min_blocks_per_sm", blocks, kernel.body))
-
-    return tvm.IRModule({name: bounded(kernel) for name, kernel in device.functions.items()}, attrs=device.attrs)
+def _bound_registers(source: str, mod: tvm.IRModule) -> str:
+    """Write `BLOCKS_ATTRIBUTE` of functions into the launch bounds of their kernels: schedules have no word for it."""
+    for function in mod.functions.values():
+        if BLOCKS_ATTRIBUTE in function.attrs:
+            symbol, blocks = function.attrs["global_symbol"], int(function.attrs[BLOCKS_ATTRIBUTE])
+            pattern = rf"__launch_bounds__\((\d+)\) ({symbol}_kernel\w*\()"
+            source, count = re.subn(pattern, rf"__launch_bounds__(\1, {blocks}) \2", source)
+            if count == 0:
+                raise BuildError(f"The kernels of {symbol} have no launch bounds in a form that this rpe_tvm knows.")
+    return source
 
 
 def _generate(host: tvm.IRModule, device: tvm.IRModule, target: tvm.target.Target) -> tuple[Any, str]:

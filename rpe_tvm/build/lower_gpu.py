@@ -65,5 +65,5 @@ def lower(config: GpuAttentionConfig) -> Lowered:
         add(name, expressions, lambda sch, schedule=schedule: schedule(sch, config))
         if config.blocks_per_sm and name in ("attention", "rows"):
             functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, config.blocks_per_sm)
-    add("normalise", gpu_attention.normalise(config, sizes), lambda sch: gpu.normalise(sch, config))
+    add("normalise", gpu_attention.normalise(config, sizes), gpu.normalise)
     return Lowered(tvm.IRModule(functions), {"source": "default"})

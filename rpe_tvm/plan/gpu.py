@@ -25,7 +25,6 @@ COMPOSITE: dict[int, tuple[int, int]] = {
 }
 RADICES = (2, 3, 4, 5, *COMPOSITE)
 
-FLOAT_BYTES = 4
 # threads of a warp that one phase of an 8-byte access to shared memory serves
 HALF_WARP = 16
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from rpe_tvm.plan.gpu import COMPOSITE, FLOAT_BYTES, HALF_WARP, GpuAttentionConfig
+from rpe_tvm.plan.gpu import COMPOSITE, HALF_WARP, GpuAttentionConfig
+from rpe_tvm.te.gpu_attention import TILE
 
 Loop = Any
 Block = Any
@@ -15,8 +16,8 @@ Block = Any
 PAIR = 2  # floats of a complex number
 # axes of a stage's result after the leading ones, see `te.gpu_dft`
 AXES = {"ahead": 5, "back": 4}
-# positions whose outputs one block divides, and threads for each of them
-TILE, TEAM = 32, 8
+# threads that divide the outputs of a tile of positions
+NORMALISING = 256
 
 
 def read_index(sch: Schedule, block: Block, name: str) -> int:
@@ -185,21 +186,19 @@ def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
     unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-3:])
 
 
-def normalise(sch: Schedule, config: GpuAttentionConfig) -> None:
+def normalise(sch: Schedule) -> None:
     """Schedule `te.gpu_attention.normalise`: a tile of positions turns in shared memory from pairs to rows."""
     out = sch.get_sblock("out")
     b, h, i, channel = sch.get_loops(out)
-    bucket, position = sch.split(i, [None, config.length])
-    tile, position = sch.split(position, [None, TILE])
-    block = sch.fuse(bucket, tile)
-    bind_grid(sch, b, h, block)
-    _, thread = sch.split(sch.fuse(position, channel), [None, TILE * TEAM])
+    tile, position = sch.split(i, [None, TILE])
+    bind_grid(sch, b, h, tile)
+    _, thread = sch.split(sch.fuse(position, channel), [None, NORMALISING])
     sch.bind(thread, "threadIdx.x")
     sums = sch.get_sblock("sums")
     sch.set_scope(sums, 0, "shared.dyn")
-    sch.compute_at(sums, block, preserve_unit_loops=True)
+    sch.compute_at(sums, tile, preserve_unit_loops=True)
     pair, position, c = sch.get_loops(sums)[-3:]
-    _, thread = sch.split(sch.fuse(pair, position), [None, TILE * TEAM])
+    _, thread = sch.split(sch.fuse(pair, position), [None, NORMALISING])
     sch.bind(thread, "threadIdx.x")
     sch.unroll(c)
     rank = len(sch.get(sums).writes[0].region)

@@ -5,10 +5,12 @@ Some functions see an axis of positions as two axes: the one of the first or the
 
 from __future__ import annotations
 
-from rpe_tvm.plan.gpu import FLOAT_BYTES, GpuAttentionConfig
+import math
 
-# Of each of the two arrays between columns and rows: both stay in the second-level cache of an H100 or A100.
-_ARRAY_BYTES = 16 << 20
+from rpe_tvm.plan.gpu import GpuAttentionConfig
+
+# Of each of the two arrays between columns and rows, 16 MiB: both stay in the second-level cache of an H100 or A100.
+_ARRAY_FLOATS = 4 << 20
 
 
 def features(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
@@ -42,5 +44,4 @@ def between(config: GpuAttentionConfig, pairs: int) -> tuple[int, ...]:
 
 def pairs_at_once(config: GpuAttentionConfig) -> int:
     """Pairs of channels whose columns and rows take turns."""
-    of_one = 2 * config.num_features * config.length * 2 * FLOAT_BYTES
-    return max(1, min(config.pairs, _ARRAY_BYTES // of_one))
+    return max(1, min(config.pairs, _ARRAY_FLOATS // math.prod(between(config, 1))))

@@ -152,7 +152,7 @@ class StandIn:
 def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     made = StandIn(request.param)
     # two pairs of channels at once
-    monkeypatch.setattr(gpu_buffers, "_ARRAY_BYTES", 2 * 2 * M * P * 2 * 4)
+    monkeypatch.setattr(gpu_buffers, "_ARRAY_FLOATS", 2 * 2 * M * P * 2)
     for module in (operators, core):
         monkeypatch.setattr(module, "get_gpu_operator", lambda index, n, m, d: made.instance)
     # Fresh memory holds NaN.

@@ -88,7 +88,8 @@ def blob(code: DeviceCode, binary: bytes) -> bytes:
     import tvm_ffi
 
     packed = np.from_dlpack(tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(code.host)).tobytes()
-    source = _string(code.source.encode())
+    # as TVM made it, without what we wrote into `code.source`
+    source = _string(str(code.host.imports[0].inspect_source()).encode())
     head, kind, rest = packed.partition(_string(b"cuda"))
     module = rest[8:]
     table = module.removeprefix(_string(b"cuda")).removesuffix(source)

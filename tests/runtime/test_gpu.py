@@ -178,20 +178,28 @@ def test_libraries_that_the_runtime_lacks(
     assert hint in _reason(directory)
 
 
-def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "DRIVER", "no-such-library.so")
     gpu.gpus.cache_clear()
     with pytest.raises(GpuNotFoundError, match="driver's no-such-library.so cannot be loaded"):
         gpu.gpus()
-    library = fake_gpu.write_libraries(tmp_path, _package()) / "libcuda.so.1"
-    monkeypatch.setattr(gpu, "DRIVER", str(library))
-    monkeypatch.setenv("FAKE_GPU", "broken")
-    with pytest.raises(GpuNotFoundError, match="driver's cuInit failed with CUDA error 100"):
-        gpu.gpus()
-    monkeypatch.setenv("FAKE_GPU", "121:101376")
-    assert gpu.gpus() == (gpu.Gpu("Fake GPU", "sm_121", 101376),)
-    assert targets.preset("sm_121").shared_bytes == 101376
-    gpu.gpus.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("fake", "said"),
+    [
+        ("121:101376", "(Gpu(name='Fake GPU', arch='sm_121', shared_bytes=101376),) cuda-sm_121"),
+        ("broken", "No NVIDIA GPU: the driver's cuInit failed with CUDA error 100."),
+    ],
+)
+def test_what_the_driver_says(tmp_path: Path, run_python: Run, fake: str, said: str) -> None:
+    # in a process of its own: a library that is loaded stays
+    directory = fake_gpu.write_libraries(tmp_path, _package())
+    code = (
+        "from rpe_tvm import targets\nfrom rpe_tvm.errors import GpuNotFoundError\nfrom rpe_tvm.runtime import gpu\n"
+        "try: print(gpu.gpus(), targets.preset('cuda').id)\nexcept GpuNotFoundError as error: print(error)"
+    )
+    assert run_python(code, LD_LIBRARY_PATH=str(directory), FAKE_GPU=fake).stdout == f"{said}\n"
 
 
 def test_loads_without_tvm_up_to_the_launch(directory: Path, tmp_path: Path, run_python: Run) -> None:

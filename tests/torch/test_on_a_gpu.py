@@ -32,7 +32,7 @@ def _feature_map(kind=NPRF, device="cuda"):
 
 def _expected(inputs, feature_map, is_causal=False):
     arrays = [x.double().cpu().numpy() for x in (*inputs, feature_map.projection)]
-    return reference.attention(*arrays, feature_map=feature_map.name, is_causal=is_causal)[2]
+    return reference.attention(*arrays, feature_map=feature_map.name, is_causal=is_causal, method="fft")[2]
 
 
 def _error(out, want, skip=0):
@@ -56,8 +56,7 @@ def test_columns_and_rows():
     """A length whose transform does not fit into shared memory."""
     inputs, feature_map = _inputs(10_000, 10_000, batch=1, heads=2), _feature_map()
     out = kernelized_attention(*inputs, feature_map=feature_map)
-    on_cpu = kernelized_attention(*(x.cpu() for x in inputs), feature_map=_feature_map(device="cpu"))
-    assert _error(out, on_cpu.double().numpy()) < 4e-6
+    assert _error(out, _expected(inputs, feature_map)) < 4e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -78,16 +77,21 @@ def test_views_are_read_in_place_and_give_the_same():
         assert torch.equal(kernelized_attention(*variant, bias, feature_map=_feature_map()), want)
 
 
-def test_grouped_heads_key_lengths_and_own_features():
+@pytest.mark.parametrize("own", [False, True])
+def test_grouped_heads_and_key_lengths(own):
     query, key, value, bias = _inputs(50, 70, heads=4)
-    few = key[:, :2], value[:, :2]
     lengths = torch.tensor([70, 3])
-    for feature_map in (_feature_map(), elu_features):
-        out = kernelized_attention(query, *few, bias, feature_map=feature_map, key_lengths=lengths.cuda())
-        host = _feature_map(device="cpu") if feature_map is not elu_features else elu_features
-        rest = (x.cpu() for x in (query, *few, bias))
-        want = kernelized_attention(*rest, feature_map=host, key_lengths=lengths)
-        torch.testing.assert_close(out.cpu(), want, rtol=1e-4, atol=1e-5)
+    feature_map = elu_features if own else _feature_map()
+    out = kernelized_attention(
+        query, key[:, :2], value[:, :2], bias, feature_map=feature_map, key_lengths=lengths.cuda()
+    )
+    key, value = (x[:, :2].repeat_interleave(2, dim=1) for x in (key, value))
+    offset = torch.arange(70) - torch.arange(50)[:, None] + 49
+    for b, length in enumerate(lengths.tolist()):
+        phi_q, phi_k = (phi.double().cpu() for phi in feature_map(query[b], key[b, :, :length]))
+        scores = phi_q @ phi_k.mT * torch.exp(bias.double().cpu())[:, offset][..., :length]
+        want = scores @ value[b, :, :length].double().cpu() / scores.sum(-1, keepdim=True)
+        torch.testing.assert_close(out[b].double().cpu(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_empty_inputs():

@@ -105,7 +105,7 @@ def check_uses(uses: Iterable[nvcc.KernelUse], kernels: Iterable[str], architect
     ]
     if spilling:
         raise BuildError(
-            "Kernels spill registers to memory, which makes them several times slower: "
+            "Kernels spill registers to memory, which makes them slow: "
             f"{'; '.join(spilling)}. Choose a schedule with smaller tiles or radices, or fewer threads in a block."
         )
 

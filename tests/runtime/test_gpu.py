@@ -150,12 +150,15 @@ def test_where_the_runtime_is_looked_for(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / tvm_runtime.PACKED).mkdir(exist_ok=True)
         (tmp_path / tvm_runtime.PACKED / name).touch()
     assert tvm_runtime.find(tmp_path, "0.99.1") == tmp_path / tvm_runtime.PACKED  # made by another version
-    monkeypatch.setattr(tvm_runtime, "installed", lambda: None)
-    assert tvm_runtime.find(tmp_path, version) == tmp_path / tvm_runtime.PACKED
     monkeypatch.setenv(tvm_runtime.VARIABLE, str(tmp_path))
+    assert tvm_runtime.find(tmp_path, version) == package  # a second copy would end a process that imports TVM later
+    monkeypatch.setattr(tvm_runtime, "installed", lambda: None)
     with pytest.raises(ArtefactError, match=rf"RPE_TVM_RUNTIME={tmp_path} .*: no libtvm_runtime.so and no libtvm_run"):
         tvm_runtime.find(tmp_path, version)
+    monkeypatch.setenv(tvm_runtime.VARIABLE, str(tmp_path / tvm_runtime.PACKED))
+    assert tvm_runtime.find(tmp_path / "empty", version) == tmp_path / tvm_runtime.PACKED
     monkeypatch.delenv(tvm_runtime.VARIABLE)
+    assert tvm_runtime.find(tmp_path, version) == tmp_path / tvm_runtime.PACKED
     with pytest.raises(ArtefactError, match="Compile with --out") as caught:
         tvm_runtime.find(tmp_path / "empty", version)
     assert [reason.split(":")[0].split(" (")[0] for reason in caught.value.reasons] == [

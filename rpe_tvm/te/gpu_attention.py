@@ -18,10 +18,6 @@ from rpe_tvm.te.complex import Complex, Expr
 from rpe_tvm.te.shapes import Sizes
 
 
-# positions whose outputs one block of threads divides; divides every bucket
-TILE = 32
-
-
 def make_tables(config: GpuAttentionConfig) -> gpu_dft.Tables:
     """Return the placeholder of a config's constants."""
     where = layout(config)
@@ -126,18 +122,15 @@ def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     )
     tables = make_tables(config)
 
-    def add(b: Expr, h: Expr, tile: Expr, pair: Expr, row: Expr, c: Expr) -> Expr:
-        i = tile * TILE + row
+    def add(b: Expr, h: Expr, pair: Expr, i: Expr, c: Expr) -> Expr:
         even, odd = (cx.load(partial, b, h, pair, p, i) for p in (0, 1))
         return cx.part(c, cx.add(even, cx.mul_conj(odd, tables.parity(i))))
 
-    tiles = (sizes.n_query + TILE - 1) // TILE  # n_q <= P always
-    sums = cx.compute((sizes.batch, sizes.heads, tiles, config.pairs, TILE, 2), add, "sums")
+    sums = cx.compute((sizes.batch, sizes.heads, config.pairs, length, 2), add, "sums")
 
     def divide(b: Expr, h: Expr, i: Expr, ch: Expr) -> Expr:
-        tile = i // TILE % tiles  # the remainder tells TVM so, which could not prove that this tile exists
-        inverse = cx.real(1.0) / sums[b, h, tile, d // 2, i % TILE, d % 2]
-        return (sums[b, h, tile, ch // 2, i % TILE, ch % 2] * inverse).astype(config.dtype)
+        inverse = cx.real(1.0) / sums[b, h, d // 2, i, d % 2]
+        return (sums[b, h, ch // 2, i, ch % 2] * inverse).astype(config.dtype)
 
     out = cx.compute((sizes.batch, sizes.heads, sizes.n_query, d), divide, "out")
     return [partial, tables.tensor, out]

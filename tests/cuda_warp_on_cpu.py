@@ -38,7 +38,8 @@ using uint = unsigned int;
 using std::max;
 using std::min;
 struct nv_bfloat16 { uint16_t bits; };
-struct half { uint16_t bits; };
+struct half { uint16_t bits; operator float() const { _Float16 x; memcpy(&x, &bits, 2); return (float)x; } };
+#define CUDART_INF_F INFINITY
 struct Index { int x, y, z; };
 struct Barrier { int threads, arrived, generation; };
 struct Copy { void* target; const void* source; };
@@ -217,6 +218,7 @@ class Kernel:
     """
 
     def __init__(self, function: tvm.tirx.PrimFunc, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         # common subexpressions would be computed on the host and become arguments without a meaning of their own
         with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
             target = Target({"kind": "cuda", "arch": "sm_90"}, host={"kind": "llvm"})
@@ -231,6 +233,7 @@ class Kernel:
         body, shared = re.subn(
             r"extern __shared__ \S+ uchar (\w+)\[\];", r"unsigned char* \1 = shared_memory;", body
         )
+        body = re.sub(r"__shared__ (alignas\(\d+\)) ", r"\1 static ", body)
         casts = [
             f"({parameter.rsplit(' ', 1)[0].replace('__restrict__', '')})arguments[{i}]"
             for i, parameter in enumerate(parameters)
@@ -246,6 +249,8 @@ class Kernel:
 
     @staticmethod
     def _helper(result: str, name: str, parameters: str, body: str) -> str:
+        if name == "tvm_builtin_cuda_cta_sync":
+            body = "__syncthreads();"
         names = [parameter.rsplit(" ", 1)[1] for parameter in parameters.split(", ") if parameter]
         if "asm" in body:
             (text,) = re.findall(r'asm volatile\("(.*?);', body.replace('{ .reg .pred ps0; setp.ne.b32 ps0, %2, 0; ', ""))

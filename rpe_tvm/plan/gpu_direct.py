@@ -43,6 +43,9 @@ class TensorCoreConfig:
         Keys that a block loads at once.
     stages : int
         Tiles in shared memory: one in use, the others on their way.
+    matrix_sums : bool
+        Whether denominators are sums of rounded weights, by matrix instructions, or of exact ones, by additions. With
+        float16 they must be: a row whose weights all underflow then becomes NaN, not 0.
     """
 
     num_features: int
@@ -54,6 +57,7 @@ class TensorCoreConfig:
     warps_k: int = 1
     tile_k: int = 64
     stages: int = 3
+    matrix_sums: bool = False
 
     op: ClassVar[str] = "attention"
 
@@ -63,6 +67,8 @@ class TensorCoreConfig:
                 raise ValueError(f"Invalid {field}: expected a positive number, got {getattr(self, field)}.")
         if self.dtype not in ("bfloat16", "float16"):
             raise ValueError(f"Invalid dtype: expected 'bfloat16' or 'float16', got {self.dtype!r}.")
+        if self.dtype == "float16" and not self.matrix_sums:
+            raise ValueError("Invalid matrix_sums: expected True for float16, got False.")
         if self.head_dim % 8:
             raise ValueError(f"Invalid head_dim: expected a multiple of 8, got {self.head_dim}; pad value with zeros.")
         if self.stages < 2:

@@ -13,6 +13,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from rpe_tvm.plan.gpu_direct import WARP
+
 Expr = Any  # TVM's expressions are built by operators, which type checkers do not see
 Buffer = Any
 
@@ -87,5 +89,34 @@ def pack(dtype: str, target: Expr, low: Expr, high: Expr) -> None:
 def quad_sum(array: Buffer, index: int) -> None:
     """Give the four lanes of each group the sum of their values."""
     for distance in (1, 2):
-        other = getattr(T.cuda, "__shfl_xor_sync")(T.uint32(0xFFFFFFFF), array[index], distance, 32)
-        T.buffer_store(array, array[index] + other, [index])
+        T.buffer_store(array, array[index] + _other_lane(array[index], distance), [index])
+
+
+def warp_max(array: Buffer, index: int) -> None:
+    """Give all lanes of a warp the largest of their values; NaN counts as no value."""
+    for distance in (1, 2, 4, 8, 16):
+        T.buffer_store(array, T.max(array[index], _other_lane(array[index], distance)), [index])
+
+
+def _other_lane(value: Expr, distance: int) -> Expr:
+    return getattr(T.cuda, "__shfl_xor_sync")(T.uint32(0xFFFFFFFF), value, distance, WARP)
+
+
+def unpack(dtype: str, pair: Expr) -> tuple[Expr, Expr]:
+    """Return the float32 values of the 16-bit halves of a register, the low one first."""
+    if dtype == "bfloat16":
+        low, high = pair << T.uint32(16), pair & T.uint32(0xFFFF0000)
+        return T.reinterpret("float32", low), T.reinterpret("float32", high)
+    halves = (T.Cast("uint16", pair), T.Cast("uint16", pair >> T.uint32(16)))
+    low, high = (T.Cast("float32", T.reinterpret("float16", half)) for half in halves)
+    return low, high
+
+
+def load_pair(target: Expr, pointer: Expr) -> None:
+    """Load two 16-bit numbers of global memory that nothing writes meanwhile."""
+    T.evaluate(T.ptx["ld.global.nc.u32"](target, pointer))
+
+
+def store_pair(pointer: Expr, pair: Expr) -> None:
+    """Store two 16-bit numbers in global memory."""
+    T.evaluate(T.ptx["st.global.u32"](pointer, pair))

@@ -16,14 +16,14 @@ from typing import Any
 
 import tvm
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script import builder
 
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, ROWS, WARP, TensorCoreConfig
-from rpe_tvm.te import warp
-from rpe_tvm.te.warp import Buffer, Expr
+from rpe_tvm.te import cuda_warp as warp
+from rpe_tvm.te.cuda_function import argument, function, let, named
+from rpe_tvm.te.cuda_warp import Buffer, Expr
 
 ELEMENT_BYTES = 2
+ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}  # 1 in both halves of a register
 CHUNK = CHUNK_BYTES // ELEMENT_BYTES
 
 
@@ -35,11 +35,9 @@ def direct_attention(config: TensorCoreConfig) -> tvm.tirx.PrimFunc:
     at addresses that are multiples of 16 bytes, the last axis contiguous; causal 0 or 1: whether tiles above the
     diagonal are skipped. All sizes but m and d are read from the arguments.
     """
-    with IRBuilder() as ib, builder.prim_func(s_tir=True):
-        T.func_name("attention")
-        T.func_attr({"global_symbol": "attention", "tirx.noalias": True})
+    with function("attention") as built:
         _build(config)
-    return ib.get()
+    return built.get()
 
 
 @dataclass(frozen=True)
@@ -59,27 +57,15 @@ class _Arguments:
 
 def _arguments(config: TensorCoreConfig) -> tuple[_Arguments, Expr, Expr]:
     names = ("batch", "heads", "n_query", "n_key", "rows_q", "rows_k")
-    batch, heads, n_query, n_key, rows_q, rows_k = (_named(name, T.int64()) for name in names)
+    batch, heads, n_query, n_key, rows_q, rows_k = (named(name, T.int64()) for name in names)
     dtype, features, channels = config.dtype, T.int64(config.padded_features), T.int64(config.head_dim)
-
-    def parameter(name: str, shape: tuple[Expr, ...], of: str, strided: bool = False) -> Buffer:
-        handle = T.arg(name, T.handle())
-        axes = ("batch", "head", "row")
-        strides = [_named(f"{name}_{axis}_stride", T.int64()) for axis in axes] + [T.int64(1)] if strided else None
-        return _named(name, T.match_buffer(handle, shape, of, strides=strides, align=CHUNK_BYTES))
-
-    phi_q = parameter("phi_q", (batch, heads, rows_q, features), dtype)
-    phi_k = parameter("phi_k", (batch, heads, rows_k, features), dtype)
-    value = parameter("value", (batch, heads, n_key, channels), dtype, strided=True)
-    table = parameter("table", (heads, rows_q + rows_k), "float32")
+    phi_q = argument("phi_q", (batch, heads, rows_q, features), dtype)
+    phi_k = argument("phi_k", (batch, heads, rows_k, features), dtype)
+    value = argument("value", (batch, heads, n_key, channels), dtype, strided=True)
+    table = argument("table", (heads, rows_q + rows_k), "float32")
     causal = T.arg("causal", T.int64())
-    out = parameter("out", (batch, heads, n_query, channels), dtype, strided=True)
+    out = argument("out", (batch, heads, n_query, channels), dtype, strided=True)
     return _Arguments(phi_q, phi_k, value, table, out, n_query, n_key, rows_q, causal), batch, heads
-
-
-def _named(name: str, var: Any) -> Any:
-    IRBuilder.name(name, var)
-    return var
 
 
 def _build(config: TensorCoreConfig) -> None:
@@ -91,11 +77,11 @@ def _build(config: TensorCoreConfig) -> None:
         T.launch_thread("threadIdx.x", config.threads) as thread,
     ):
         # with a causal mask the last rows have most to do: they start first
-        first_q = _let("first_q", (args.rows_q // config.tile_q - 1 - block) * config.tile_q)
+        first_q = let("first_q", (args.rows_q // config.tile_q - 1 - block) * config.tile_q)
         shared = T.alloc_buffer((config.shared_bytes,), "uint8", scope="shared.dyn", align=CHUNK_BYTES)
-        base = _let("base", T.cuda.cvta_generic_to_shared(shared.ptr_to([0])))
+        base = let("base", T.cuda.cvta_generic_to_shared(shared.ptr_to([0])))
         seen = T.Select(args.causal != 0, T.min(args.n_key, first_q + config.tile_q), args.n_key)
-        tiles = _let("tiles", T.Cast("int32", (seen + config.tile_k - 1) // config.tile_k))
+        tiles = let("tiles", T.Cast("int32", (seen + config.tile_k - 1) // config.tile_k))
         lane = _Lane(config, base, thread)
         sums = _Sums(config)
         phi_q = _load_queries(config, args, lane, b, h, first_q)
@@ -117,46 +103,46 @@ def _build(config: TensorCoreConfig) -> None:
             _write(config, args, lane, sums, b, h, first_q)
 
 
-def _let(name: str, value: Expr) -> Expr:
-    return _named(name, T.Bind(value))
-
-
 class _Lane:
     """What a lane knows of its place, and the addresses that it reads in the tile of stage 0."""
 
     def __init__(self, config: TensorCoreConfig, base: Expr, thread: Expr) -> None:
-        self.lane = _let("lane", thread % WARP)
-        self.warp_q = _let("warp_q", thread // WARP % config.warps_q)
-        self.warp_k = _let("warp_k", thread // (WARP * config.warps_q))
-        self.group = _let("group", self.lane // 4)
-        self.pair = _let("pair", self.lane % 4)
-        self.row = _let("row", self.warp_q * (ROWS * config.row_blocks))
+        self.lane = let("lane", thread % WARP)
+        self.warp_q = let("warp_q", thread // WARP % config.warps_q)
+        self.warp_k = let("warp_k", thread // (WARP * config.warps_q))
+        self.group = let("group", self.lane // 4)
+        self.pair = let("pair", self.lane % 4)
+        self.row = let("row", self.warp_q * (ROWS * config.row_blocks))
         key = self.warp_k * (config.tile_k // config.warps_k)
         # keys 0-7 and 8-15, of each features 0-7 and 8-15
         in_keys = (key + self.lane // 16 * 8 + self.lane % 8) * config.key_row_bytes + self.lane // 8 % 2 * CHUNK_BYTES
         # channels 0-7 and 8-15, of each keys 0-7 and 8-15
         in_values = (key + self.lane % 16) * config.value_row_bytes + self.lane // 16 * CHUNK_BYTES
         values = config.tile_k * config.key_row_bytes
-        self.keys = _let("keys", base + warp.uint32(in_keys))
-        self.values = _let("values", base + warp.uint32(in_values + values))
+        self.keys = let("keys", base + warp.uint32(in_keys))
+        self.values = let("values", base + warp.uint32(in_values + values))
         # the weight of the first key and the warp's first row in this lane: offset t at index t + tile_q
         in_weights = config.tile_q + key - self.row + 2 * self.pair - self.group
         weights = values + config.tile_k * config.value_row_bytes
-        self.weights = _let("weights", base + warp.uint32(in_weights * 4 + weights))
+        self.weights = let("weights", base + warp.uint32(in_weights * 4 + weights))
         self.partial = base
 
 
 class _Sums:
-    """The accumulators of a lane: numerators of its rows and channels, denominators of its rows and keys."""
+    """The accumulators of a lane: numerators of its rows and channels, denominators of its rows.
+
+    Registers 0 and 2 of a block's denominators belong to rows `group` and `group + 8`: sums over the lane's keys or, by
+    matrix instructions, over all.
+    """
 
     def __init__(self, config: TensorCoreConfig) -> None:
         self.columns = config.head_dim // 8
-        self.numerator = _named("numerator", warp.registers(config.row_blocks * self.columns * 4, "float32"))
-        self.denominator = _named("denominator", warp.registers(config.row_blocks * 2, "float32"))
+        self.numerator = named("numerator", warp.registers(config.row_blocks * self.columns * 4, "float32"))
+        self.denominator = named("denominator", warp.registers(config.row_blocks * 4, "float32"))
         self.all = [(self.numerator, i) for i in range(config.row_blocks * self.columns * 4)]
-        self.all += [(self.denominator, i) for i in range(config.row_blocks * 2)]
-        for array, i in self.all:
-            T.buffer_store(array, T.float32(0), [i])
+        self.all += [(self.denominator, 4 * block + i) for block in range(config.row_blocks) for i in (0, 2)]
+        warp.zero(self.numerator, config.row_blocks * self.columns * 4)
+        warp.zero(self.denominator, config.row_blocks * 4)
 
     def at(self, block: int, column: int) -> list[Expr]:
         """Return the four numerators of a block of 16 rows and of 8 channels."""
@@ -166,14 +152,14 @@ class _Sums:
 def _load_queries(config: TensorCoreConfig, args: _Arguments, lane: _Lane, b: Expr, h: Expr, first_q: Expr) -> Buffer:
     """Return the fragments of phi_q: they stay in registers."""
     depth = config.padded_features // ROWS
-    fragments = _named("phi_q_fragments", warp.registers(config.row_blocks * depth * 4, "uint32"))
+    fragments = named("phi_q_fragments", warp.registers(config.row_blocks * depth * 4, "uint32"))
     for block in range(config.row_blocks):
         for k in range(depth):
             for i in range(4):
                 row = first_q + lane.row + (block * ROWS + i % 2 * 8) + lane.group
                 feature = k * ROWS + i // 2 * 8 + 2 * lane.pair
                 pointer = args.phi_q.ptr_to([b, h, row, feature])
-                T.evaluate(T.ptx["ld.global.nc.u32"](fragments[(block * depth + k) * 4 + i], pointer))
+                warp.load_pair(fragments[(block * depth + k) * 4 + i], pointer)
     return fragments
 
 
@@ -185,8 +171,8 @@ def _load_tile(
     config: TensorCoreConfig, args: _Arguments, base: Expr, thread: Expr, b: Expr, h: Expr, first_q: Expr, tile: Expr
 ) -> None:
     """Start the copies of a tile of phi_k, of value, and of the weights from the block's queries to the tile's keys."""
-    first_k = _let("first_k", T.Cast("int64", tile) * config.tile_k)
-    stage = _let("stage", base + _stage_offset(config, tile))
+    first_k = let("first_k", T.Cast("int64", tile) * config.tile_k)
+    stage = let("stage", base + _stage_offset(config, tile))
     values = config.tile_k * config.key_row_bytes
     weights = values + config.tile_k * config.value_row_bytes
 
@@ -227,9 +213,9 @@ def _add_tile(config: TensorCoreConfig, lane: _Lane, phi_q: Buffer, sums: _Sums,
     """Add the contribution of a warp's keys of one tile, 16 keys at a time."""
     depth = config.padded_features // ROWS
     keys = config.tile_k // config.warps_k
-    key_address = _let("key_address", lane.keys + stage)
-    value_address = _let("value_address", lane.values + stage)
-    weight_address = _let("weight_address", lane.weights + stage)
+    key_address = let("key_address", lane.keys + stage)
+    value_address = let("value_address", lane.values + stage)
+    weight_address = let("weight_address", lane.weights + stage)
 
     # weights[2 (s + 2 row_blocks - 1) + e] is c of the lane's first row and column e, s * 8 offsets further
     lowest = 1 - 2 * config.row_blocks
@@ -266,10 +252,15 @@ def _add_tile(config: TensorCoreConfig, lane: _Lane, phi_q: Buffer, sums: _Sums,
                     for column, i in enumerate(pair):
                         step = 2 * sixteen + half - 2 * block - lower
                         T.buffer_store(scores, scores[i] * weight(step, column), [i])
-                    row = block * 2 + lower
-                    total = sums.denominator[row] + (scores[pair[0]] + scores[pair[1]])
-                    T.buffer_store(sums.denominator, total, [row])
+                    if not config.matrix_sums:
+                        row = block * 4 + lower * 2
+                        total = sums.denominator[row] + (scores[pair[0]] + scores[pair[1]])
+                        T.buffer_store(sums.denominator, total, [row])
                     warp.pack(config.dtype, weighted[block * 4 + half * 2 + lower], *(scores[i] for i in pair))
+            if config.matrix_sums:
+                one = T.uint32(ONES[config.dtype])
+                total = [sums.denominator[block * 4 + i] for i in range(4)]
+                warp.multiply_add(config.dtype, total, [weighted[block * 4 + i] for i in range(4)], [one, one])
         for column in range(0, sums.columns, 2):
             offset = sixteen * ROWS * config.value_row_bytes + column * CHUNK_BYTES
             warp.load_matrices(operand, value_address, offset, transpose=True)
@@ -285,10 +276,10 @@ def _add_partial_sums(config: TensorCoreConfig, lane: _Lane, sums: _Sums) -> Non
     warp.wait(0)
     warp.barrier()
     stride = 4 * WARP * config.warps_q  # one register of all warps along the queries
-    place = _let("place", lane.partial + warp.uint32((lane.warp_q * WARP + lane.lane) * 4))
+    place = let("place", lane.partial + warp.uint32((lane.warp_q * WARP + lane.lane) * 4))
     others = config.warps_k - 1
     with T.If(lane.warp_k > 0), T.Then():
-        mine = _let("mine", place + warp.uint32((lane.warp_k - 1) * stride))
+        mine = let("mine", place + warp.uint32((lane.warp_k - 1) * stride))
         for register, (array, i) in enumerate(sums.all):
             warp.store_float(mine, register * others * stride, array[i])
     warp.barrier()
@@ -307,13 +298,14 @@ def _write(
     pair = warp.registers(1, "uint32")
     for block in range(config.row_blocks):
         for lower in (0, 1):
-            denominator = block * 2 + lower
-            warp.quad_sum(sums.denominator, denominator)
-            row = _let("row", first_q + lane.row + (block * ROWS + lower * 8) + lane.group)
+            denominator = block * 4 + lower * 2
+            if not config.matrix_sums:
+                warp.quad_sum(sums.denominator, denominator)
+            row = let("row", first_q + lane.row + (block * ROWS + lower * 8) + lane.group)
             with T.If(row < args.n_query), T.Then():
                 for column in range(sums.columns):
                     numerators = sums.at(block, column)[2 * lower : 2 * lower + 2]
                     quotients = [numerator / sums.denominator[denominator] for numerator in numerators]
                     warp.pack(config.dtype, pair[0], *quotients)
                     pointer = args.out.ptr_to([b, h, row, column * 8 + 2 * lane.pair])
-                    T.evaluate(T.ptx["st.global.u32"](pointer, pair[0]))
+                    warp.store_pair(pointer, pair[0])

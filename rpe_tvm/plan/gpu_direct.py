@@ -43,6 +43,8 @@ class TensorCoreConfig:
         Keys that a block loads at once.
     stages : int
         Tiles in shared memory: one in use, the others on their way.
+    blocks : int
+        Blocks that one multiprocessor shall hold at once: bounds the registers of a thread.
     matrix_sums : bool
         Whether denominators are sums of rounded weights, by matrix instructions, or of exact ones, by additions. With
         float16 they must be: a row whose weights all underflow then becomes NaN, not 0.
@@ -57,12 +59,13 @@ class TensorCoreConfig:
     warps_k: int = 1
     tile_k: int = 64
     stages: int = 3
+    blocks: int = 1
     matrix_sums: bool = False
 
     op: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
-        for field in ("num_features", "head_dim", "length", "row_blocks", "warps_q", "warps_k", "tile_k"):
+        for field in ("num_features", "head_dim", "length", "row_blocks", "warps_q", "warps_k", "tile_k", "blocks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"Invalid {field}: expected a positive number, got {getattr(self, field)}.")
         if self.dtype not in ("bfloat16", "float16"):

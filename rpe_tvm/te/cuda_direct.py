@@ -75,6 +75,7 @@ def _build(config: TensorCoreConfig) -> None:
         T.launch_thread("blockIdx.y", heads) as h,
         T.launch_thread("blockIdx.z", batch) as b,
         T.launch_thread("threadIdx.x", config.threads) as thread,
+        T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(config.blocks)),
     ):
         # with a causal mask the last rows have most to do: they start first
         first_q = let("first_q", (args.rows_q // config.tile_q - 1 - block) * config.tile_q)
@@ -87,16 +88,23 @@ def _build(config: TensorCoreConfig) -> None:
         phi_q = _load_queries(config, args, lane, b, h, first_q)
         for stage in range(config.stages - 1):
             with T.If(stage < tiles), T.Then():
-                _load_tile(config, args, base, thread, b, h, first_q, T.int32(stage))
+                _load_tile(config, args, base + T.uint32(stage * config.stage_bytes), thread, b, h, first_q, stage)
             warp.commit()
+        # where the stage in use lies: a register, or nvcc keeps the next value of every address made of it in another
+        used = named("used", warp.registers(1, "uint32"))
+        T.buffer_store(used, T.uint32(0), [0])
+        last = T.uint32((config.stages - 1) * config.stage_bytes)
+        size = T.uint32(config.stage_bytes)
         with T.serial(tiles) as tile:
             warp.wait(config.stages - 2)
             warp.barrier()
             ahead = tile + (config.stages - 1)
             with T.If(ahead < tiles), T.Then():
-                _load_tile(config, args, base, thread, b, h, first_q, ahead)
+                free = let("free", base + T.Select(used[0] == 0, last, used[0] - size))
+                _load_tile(config, args, free, thread, b, h, first_q, ahead)
             warp.commit()
-            _add_tile(config, lane, phi_q, sums, _stage_offset(config, tile))
+            _add_tile(config, lane, phi_q, sums, used[0])
+            T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + size), [0])
         if config.warps_k > 1:
             _add_partial_sums(config, lane, sums)
         with T.If(lane.warp_k == 0), T.Then():
@@ -163,16 +171,12 @@ def _load_queries(config: TensorCoreConfig, args: _Arguments, lane: _Lane, b: Ex
     return fragments
 
 
-def _stage_offset(config: TensorCoreConfig, tile: Expr) -> Expr:
-    return warp.uint32(tile % config.stages * config.stage_bytes)
-
-
 def _load_tile(
-    config: TensorCoreConfig, args: _Arguments, base: Expr, thread: Expr, b: Expr, h: Expr, first_q: Expr, tile: Expr
+    config: TensorCoreConfig, args: _Arguments, stage: Expr, thread: Expr, b: Expr, h: Expr, first_q: Expr, tile: Expr
 ) -> None:
     """Start the copies of a tile of phi_k, of value, and of the weights from the block's queries to the tile's keys."""
     first_k = let("first_k", T.Cast("int64", tile) * config.tile_k)
-    stage = let("stage", base + _stage_offset(config, tile))
+    keys_left = T.Cast("int32", args.n_key) - tile * config.tile_k
     values = config.tile_k * config.key_row_bytes
     weights = values + config.tile_k * config.value_row_bytes
 
@@ -187,7 +191,7 @@ def _load_tile(
         row, column = chunk // chunks, chunk % chunks
         pointer = args.value.ptr_to([b, h, first_k + row, column * CHUNK])
         target = stage + warp.uint32(values + row * config.value_row_bytes + column * CHUNK_BYTES)
-        warp.copy_async(target, pointer, ignore=first_k + row >= args.n_key)
+        warp.copy_async(target, pointer, ignore=row >= keys_left)
 
     def copy_weight(chunk: Expr) -> None:
         pointer = args.table.ptr_to([h, first_k - first_q + (args.rows_q - config.tile_q) + chunk * 4])
@@ -303,9 +307,10 @@ def _write(
                 warp.quad_sum(sums.denominator, denominator)
             row = let("row", first_q + lane.row + (block * ROWS + lower * 8) + lane.group)
             with T.If(row < args.n_query), T.Then():
+                T.buffer_store(sums.denominator, T.float32(1) / sums.denominator[denominator], [denominator])
                 for column in range(sums.columns):
                     numerators = sums.at(block, column)[2 * lower : 2 * lower + 2]
-                    quotients = [numerator / sums.denominator[denominator] for numerator in numerators]
+                    quotients = [numerator * sums.denominator[denominator] for numerator in numerators]
                     warp.pack(config.dtype, pair[0], *quotients)
                     pointer = args.out.ptr_to([b, h, row, column * 8 + 2 * lane.pair])
                     warp.store_pair(pointer, pair[0])

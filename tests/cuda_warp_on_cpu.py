@@ -1,7 +1,7 @@
 """Runs CUDA kernels with warp instructions on a CPU: checks numbers, addresses and barriers without a GPU.
 
-The source that TVM generated is compiled as C++. Every thread of a block is a fibre of one thread of the CPU; a fibre runs
-until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles) exchange their operands behind a barrier
+The source that TVM generated is compiled as C++. Every thread of a block is a fibre of one thread of the CPU; a fibre
+runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles) exchange their operands behind a barrier
 of the warp. Asynchronous copies happen either at once or as late as the waits allow: a kernel that is right under both
 neither reads a tile too early nor overwrites one that is still in use.
 """
@@ -192,7 +192,10 @@ INSTRUCTIONS = (
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 ", "mma<from_bf16>({parameters})"),
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32 ", "mma<from_f16>({parameters})"),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 .*\[%4\+?(-?\d*)\]", "ldmatrix_x4(false, {parameters} + {0})"),
-    (r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 .*\[%4\+?(-?\d*)\]", "ldmatrix_x4(true, {parameters} + {0})"),
+    (
+        r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 .*\[%4\+?(-?\d*)\]",
+        "ldmatrix_x4(true, {parameters} + {0})",
+    ),
     (r"cp\.async\.cg\.shared\.global ", "copy_async({parameters})"),
     (r"cp\.async\.commit_group", "commit_group()"),
     (r"cp\.async\.wait_group (\d+)", "wait_group({0})"),
@@ -203,6 +206,8 @@ INSTRUCTIONS = (
     (r"cvt\.rn\.bf16x2\.f32 ", "{names[0]} = to_bf16({names[1]}) << 16 | to_bf16({names[2]})"),
     (r"cvt\.rn\.f16x2\.f32 ", "{names[0]} = to_f16({names[1]}) << 16 | to_f16({names[2]})"),
 )
+_PREDICATE = "{ .reg .pred ps0; setp.ne.b32 ps0, %2, 0; "
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)[, \d]*\) (\w+)\((.*?)\) \{')
 _HELPER = re.compile(r"__forceinline__ __device__ (\w[\w ]*)\s+(tvm_builtin_\w+)\(([^)]*)\)\s*\{(.*?)\n\}", re.S)
 
 
@@ -218,7 +223,6 @@ class Kernel:
     """
 
     def __init__(self, function: tvm.tirx.PrimFunc, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
         # common subexpressions would be computed on the host and become arguments without a meaning of their own
         with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
             target = Target({"kind": "cuda", "arch": "sm_90"}, host={"kind": "llvm"})
@@ -226,13 +230,11 @@ class Kernel:
             executable = tvm.compile(tvm.IRModule({name: function}), target)
         self.cuda = str(executable.mod.imports[0].inspect_source())
         helpers = "\n".join(self._helper(*each.groups()) for each in _HELPER.finditer(self.cuda))
-        (signature,) = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\)) (\w+)\((.*?)\) \{', self.cuda)
-        self.threads, kernel, parameters = int(signature[0]), signature[1], signature[2].split(", ")
+        ((threads, kernel, signature),) = _KERNEL.findall(self.cuda)
+        self.threads, parameters = int(threads), signature.split(", ")
         self.parameters = [parameter.rsplit(" ", 1)[1] for parameter in parameters]
-        body = self.cuda[self.cuda.index(f'{kernel}({signature[2]}) {{') :]
-        body, shared = re.subn(
-            r"extern __shared__ \S+ uchar (\w+)\[\];", r"unsigned char* \1 = shared_memory;", body
-        )
+        body = self.cuda[self.cuda.index(f"{kernel}({signature}) {{") :]
+        body = re.sub(r"extern __shared__ \S+ uchar (\w+)\[\];", r"unsigned char* \1 = shared_memory;", body)
         body = re.sub(r"__shared__ (alignas\(\d+\)) ", r"\1 static ", body)
         casts = [
             f"({parameter.rsplit(' ', 1)[0].replace('__restrict__', '')})arguments[{i}]"
@@ -249,11 +251,9 @@ class Kernel:
 
     @staticmethod
     def _helper(result: str, name: str, parameters: str, body: str) -> str:
-        if name == "tvm_builtin_cuda_cta_sync":
-            body = "__syncthreads();"
         names = [parameter.rsplit(" ", 1)[1] for parameter in parameters.split(", ") if parameter]
         if "asm" in body:
-            (text,) = re.findall(r'asm volatile\("(.*?);', body.replace('{ .reg .pred ps0; setp.ne.b32 ps0, %2, 0; ', ""))
+            (text,) = re.findall(r'asm volatile\("(.*?);', body.replace(_PREDICATE, ""))
             for pattern, call in INSTRUCTIONS:
                 match = re.match(pattern, text)
                 if match:

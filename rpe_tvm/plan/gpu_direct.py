@@ -44,7 +44,7 @@ class TensorCoreConfig:
     stages : int
         Tiles in shared memory: one in use, the others on their way.
     blocks : int
-        Blocks that one multiprocessor shall hold at once: bounds the registers of a thread.
+        Blocks that one multiprocessor shall hold at once: bounds the registers of a thread; 0 leaves that to nvcc.
     matrix_sums : bool
         Whether denominators are sums of rounded weights, by matrix instructions, or of exact ones, by additions. With
         float16 they must be: a row whose weights all underflow then becomes NaN, not 0.
@@ -59,13 +59,13 @@ class TensorCoreConfig:
     warps_k: int = 1
     tile_k: int = 64
     stages: int = 3
-    blocks: int = 1
+    blocks: int = 0
     matrix_sums: bool = False
 
     op: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
-        for field in ("num_features", "head_dim", "length", "row_blocks", "warps_q", "warps_k", "tile_k", "blocks"):
+        for field in ("num_features", "head_dim", "length", "row_blocks", "warps_q", "warps_k", "tile_k"):
             if getattr(self, field) < 1:
                 raise ValueError(f"Invalid {field}: expected a positive number, got {getattr(self, field)}.")
         if self.dtype not in ("bfloat16", "float16"):
@@ -74,6 +74,8 @@ class TensorCoreConfig:
             raise ValueError("Invalid matrix_sums: expected True for float16, got False.")
         if self.head_dim % 8:
             raise ValueError(f"Invalid head_dim: expected a multiple of 8, got {self.head_dim}; pad value with zeros.")
+        if self.blocks < 0:
+            raise ValueError(f"Invalid blocks: expected 0 or more, got {self.blocks}.")
         if self.stages < 2:
             raise ValueError(f"Invalid stages: expected at least 2, got {self.stages}.")
         if self.tile_k % (ROWS * self.warps_k):

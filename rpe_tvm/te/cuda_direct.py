@@ -1,16 +1,17 @@
-"""Kernelized attention with RPE on tensor cores: ((phi_q phi_k^T) * C) value, normalised, one block for each tile_q rows.
+"""Kernelized attention with RPE on tensor cores: ((phi_q phi_k^T) * C) value, normalised, tile by tile.
 
-As FlashAttention-2 (Dao 2023, arXiv 2307.08691) walks over tiles of keys with the rows' sums in registers, but without
-a softmax: nothing is rescaled, and what several warps or blocks have can simply be added.
+A block walks over the keys and keeps the sums of its queries in registers, as in FlashAttention-2 (Dao 2023, arXiv
+2307.08691), but there is no softmax: nothing is rescaled, and what several warps have is simply added.
 
-Not tensor expressions, but statements: the weighted scores leave one matrix instruction in the registers in which the next
-one wants its operand, a correspondence that `tensorize` cannot be told, and a lane needs only two new Toeplitz weights
-for every 8 keys, since those of rows 8 further down are those of 8 keys before.
+Statements, not tensor expressions: the weighted scores leave one matrix instruction in the very registers in which the
+next one wants its operand, and of the Toeplitz weights a lane needs only two new ones for 8 keys, since those of 8 rows
+further down are those of 8 keys before. `tensorize` can be told neither.
 Source: Luo et al. 2021, Eq. 10, multiplied out.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ def _build(config: TensorCoreConfig) -> None:
         T.launch_thread("blockIdx.y", heads) as h,
         T.launch_thread("blockIdx.z", batch) as b,
         T.launch_thread("threadIdx.x", config.threads) as thread,
-        T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(config.blocks)),
+        _bound_registers(config),
     ):
         # with a causal mask the last rows have most to do: they start first
         first_q = let("first_q", (args.rows_q // config.tile_q - 1 - block) * config.tile_q)
@@ -109,6 +110,12 @@ def _build(config: TensorCoreConfig) -> None:
             _add_partial_sums(config, lane, sums)
         with T.If(lane.warp_k == 0), T.Then():
             _write(config, args, lane, sums, b, h, first_q)
+
+
+def _bound_registers(config: TensorCoreConfig) -> Any:
+    if config.blocks == 0:
+        return nullcontext()
+    return T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(config.blocks))
 
 
 class _Lane:
@@ -241,9 +248,7 @@ def _add_tile(config: TensorCoreConfig, lane: _Lane, phi_q: Buffer, sums: _Sums,
         load_weights(range(2 * sixteen, 2 * sixteen + 2))
         warp.zero(scores, config.row_blocks * 8)
         for k in range(depth):
-            warp.load_matrices(
-                operand, key_address, sixteen * ROWS * config.key_row_bytes + k * ROWS * ELEMENT_BYTES
-            )
+            warp.load_matrices(operand, key_address, sixteen * ROWS * config.key_row_bytes + k * ROWS * ELEMENT_BYTES)
             for block in range(config.row_blocks):
                 rows = [phi_q[(block * depth + k) * 4 + i] for i in range(4)]
                 for half in (0, 1):

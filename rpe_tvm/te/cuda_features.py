@@ -1,7 +1,7 @@
 """Feature maps of query and key on tensor cores, both in one launch: a warp makes 16 rows of phi.
 
-The rows are exact operands; the projection, float32, is split into two 16-bit numbers. The products W x stand in float32
-accumulators, of which each lane takes the exponential.
+The rows are exact operands; the projection, float32, is split into two 16-bit numbers. The products W x are float32
+sums in registers, where each lane takes the exponential.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def features(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.Prim
     |x'|^2 / 2 = 1/2; a zero vector stays zero. Source: Luo et al. 2021, Eq. 5 and Algorithm 1.
 
     Arguments of the function: query `[B, H, n_q, d]` and key `[B, H, n_k, d]` of the config's dtype with any even
-    strides at addresses that are multiples of 4 bytes, the last axis contiguous; projection W `[m, d]` float32; phi_q and
-    phi_k as in `plan.gpu_direct`, zero past the last position and the last feature.
+    strides at addresses that are multiples of 4 bytes, the last axis contiguous; projection W `[m, d]` float32; phi_q
+    and phi_k as in `plan.gpu_direct`, zero past the last position and the last feature.
     """
     with function(f"features_{feature_map}") as built:
         batch, heads, n_query, n_key, rows_q, rows_k = (
@@ -105,10 +105,8 @@ def _sixteen_rows(
 
     def feature(i: int, row: Expr, column: Any) -> Expr:
         logit, norm = logits[i], scale[i % 4 // 2]
-        if feature_map == "prf":
-            exponent = logit * T.float32(d**-0.25) + norm
-        else:
-            exponent = logit * norm - T.float32(0.5)
+        is_prf = feature_map == "prf"
+        exponent = logit * T.float32(d**-0.25) + norm if is_prf else logit * norm - T.float32(0.5)
         exists = row < n if config.padded_features == m else T.And(row < n, column < m)
         return T.Select(exists, T.exp(exponent) * T.float32(m**-0.5), T.float32(0))
 
@@ -132,4 +130,4 @@ def _split(config: TensorCoreConfig, projection: Buffer, row: Expr, k: int, pair
         exact = [projection[row, column + 2 * pair + i] for i in (0, 1)]
         warp.pack(config.dtype, parts[half], *exact)
         rounded = warp.unpack(config.dtype, parts[half])
-        warp.pack(config.dtype, parts[half + 2], *(x - y for x, y in zip(exact, rounded)))
+        warp.pack(config.dtype, parts[half + 2], *(x - y for x, y in zip(exact, rounded, strict=True)))

@@ -1,4 +1,4 @@
-"""A CUDA function that is written statement by statement: its frame, its arguments, and names in the generated source."""
+"""A CUDA function that is written statement by statement: its frame, its arguments, and names in the source."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from rpe_tvm.plan.gpu_direct import CHUNK_BYTES
 @contextmanager
 def function(name: str) -> Iterator[IRBuilder]:
     """Build the function `name` of what is called inside; `get()` of the yielded builder returns it afterwards."""
-    with IRBuilder() as built:
-        with builder.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            yield built
+    with IRBuilder() as built, builder.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        yield built
 
 
 def argument(name: str, shape: tuple[Any, ...], dtype: str, strided: bool = False, align: int = CHUNK_BYTES) -> Any:

@@ -1,9 +1,9 @@
 """Runs CUDA kernels with warp instructions on a CPU: checks numbers, addresses and barriers without a GPU.
 
 The source that TVM generated is compiled as C++. Every thread of a block is a fibre of one thread of the CPU; a fibre
-runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles) exchange their operands behind a barrier
-of the warp. Asynchronous copies happen either at once or as late as the waits allow: a kernel that is right under both
-neither reads a tile too early nor overwrites one that is still in use.
+runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles) exchange their operands behind a
+barrier of the warp. Asynchronous copies happen either at once or as late as the waits allow: a kernel that is right
+under both neither reads a tile too early nor overwrites one that is still in use.
 """
 
 from __future__ import annotations

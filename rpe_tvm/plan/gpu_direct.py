@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.config import fields_from_json, fields_to_json
 
 Dtype = Literal["bfloat16", "float16"]
@@ -165,3 +167,48 @@ def features_shape(config: TensorCoreConfig, batch: int, heads: int, n: int, til
 def table_shape(config: TensorCoreConfig, heads: int, n_query: int, n_key: int) -> tuple[int, int]:
     """Return the shape of the weights, float32: c[t] at index t + round_up(n_query, tile_q), zero elsewhere."""
     return heads, round_up(n_query, config.tile_q) + round_up(n_key, config.tile_k)
+
+
+def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCoreConfig:
+    """Return the default config for up to `n` positions.
+
+    Raises
+    ------
+    ValueError
+        If the sums of 16 queries do not fit into a thread's registers.
+    """
+    for row_blocks in (2, 1):
+        # accumulators and phi_q of a lane
+        if row_blocks * (head_dim // 2 + num_features // 4) <= 160:
+            break
+    else:
+        raise ValueError(
+            f"Too large for registers: expected head_dim / 2 + num_features / 4 <= 160, got head_dim {head_dim} and "
+            f"num_features {num_features}; use the fft algorithm."
+        )
+    # few queries: warps share the keys, so that there is work for all multiprocessors
+    if n <= 1024:
+        warps_q, warps_k, tile_k, stages = 2, 4, 128, 2
+    elif n <= 2048:
+        warps_q, warps_k, tile_k, stages = 4, 2, 128, 2
+    else:
+        warps_q, warps_k, tile_k, stages = 4, 1, 64, 3
+    if num_features + head_dim > 256:  # what sm_80 has of shared memory
+        tile_k //= 2
+    return TensorCoreConfig(
+        *(num_features, head_dim, bucket_length(n), dtype, row_blocks, warps_q, warps_k, tile_k, stages),
+        matrix_sums=dtype == "float16",
+    )
+
+
+def is_readable(address: int, strides: Sequence[int]) -> bool:
+    """Return whether value or out can be used where it lies: rows of whole 16-byte pieces, columns contiguous.
+
+    Parameters
+    ----------
+    address : int
+        Of the first element.
+    strides : sequence of int
+        In elements; those of axes of length 1 do not matter and may be given as 0.
+    """
+    return address % CHUNK_BYTES == 0 and strides[-1] == 1 and not any(s % 8 for s in strides[:-1])

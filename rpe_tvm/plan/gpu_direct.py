@@ -46,7 +46,8 @@ class TensorCoreConfig:
     stages : int
         Tiles in shared memory: one in use, the others on their way.
     blocks : int
-        Blocks that one multiprocessor shall hold at once: bounds the registers of a thread; 0 leaves that to nvcc.
+        Blocks that one multiprocessor shall hold at once: bounds the registers of a thread; 0 leaves that to nvcc,
+        which may then spill a few.
     matrix_sums : bool
         Whether denominators are sums of rounded weights, by matrix instructions, or of exact ones, by additions. With
         float16 they must be: a row whose weights all underflow then becomes NaN, not 0.
@@ -61,7 +62,7 @@ class TensorCoreConfig:
     warps_k: int = 1
     tile_k: int = 64
     stages: int = 3
-    blocks: int = 0
+    blocks: int = 1
     matrix_sums: bool = False
 
     op: ClassVar[str] = "attention"

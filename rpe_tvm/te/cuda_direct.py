@@ -11,7 +11,6 @@ Source: Luo et al. 2021, Eq. 10, multiplied out.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from tvm.script import tirx as T
 
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, ROWS, WARP, TensorCoreConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import argument, function, let, named
+from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 
 ELEMENT_BYTES = 2
@@ -76,7 +75,7 @@ def _build(config: TensorCoreConfig) -> None:
         T.launch_thread("blockIdx.y", heads) as h,
         T.launch_thread("blockIdx.z", batch) as b,
         T.launch_thread("threadIdx.x", config.threads) as thread,
-        _bound_registers(config),
+        blocks_at_once(config.blocks),
     ):
         # with a causal mask the last rows have most to do: they start first
         first_q = let("first_q", (args.rows_q // config.tile_q - 1 - block) * config.tile_q)
@@ -110,12 +109,6 @@ def _build(config: TensorCoreConfig) -> None:
             _add_partial_sums(config, lane, sums)
         with T.If(lane.warp_k == 0), T.Then():
             _write(config, args, lane, sums, b, h, first_q)
-
-
-def _bound_registers(config: TensorCoreConfig) -> Any:
-    if config.blocks == 0:
-        return nullcontext()
-    return T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(config.blocks))
 
 
 class _Lane:

@@ -6,18 +6,17 @@ sums in registers, where each lane takes the exponential.
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
 from tvm.script import tirx as T
 
 from rpe_tvm.plan.gpu_direct import ROWS, WARP, TensorCoreConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import argument, function, let, named
+from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 from rpe_tvm.te.features import FeatureMap
 
 WARPS = 4
+FEATURES = 64  # of which a lane has the products in registers
 
 
 def features(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.PrimFunc:
@@ -46,6 +45,7 @@ def features(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.Prim
             T.launch_thread("blockIdx.y", heads) as h,
             T.launch_thread("blockIdx.z", batch) as b,
             T.launch_thread("threadIdx.x", WARP * WARPS) as thread,
+            blocks_at_once(4),
         ):
             unit = let("unit", block * WARPS + thread // WARP)
             lane = let("lane", thread % WARP)
@@ -72,51 +72,60 @@ def _sixteen_rows(
 ) -> None:
     m, d, dtype = config.num_features, config.head_dim, config.dtype
     group, pair = let("group", lane // 4), let("pair", lane % 4)
-    tiles = config.padded_features // 8
-    logits = named("logits", warp.registers(tiles * 4, "float32"))
+    logits = named("logits", warp.registers(FEATURES // 2, "float32"))
     squares = named("squares", warp.registers(2, "float32"))
     rows = named("rows", warp.registers(4, "uint32"))
     weights = named("weights", warp.registers(4, "uint32"))
-    warp.zero(logits, tiles * 4)
-    warp.zero(squares, 2)
-    for k in range(0, d, ROWS):
-        for i in range(4):
-            column = k + i // 2 * 8
-            if column >= d:  # d is a multiple of 8, not of 16
-                T.buffer_store(rows, T.uint32(0), [i])
-                continue
-            # past the end the last row again; `phi` has zeros there
-            row = T.min(first + (i % 2 * 8) + group, n - 1)
-            warp.load_pair(rows[i], x.ptr_to([b, h, row, column + 2 * pair]))
-            low, high = warp.unpack(dtype, rows[i])
-            T.buffer_store(squares, squares[i % 2] + (low * low + high * high), [i % 2])
-        for tile in range(-(-m // 8)):
-            _split(config, projection, T.min(tile * 8 + group, m - 1), k, pair, weights)
-            at = [logits[tile * 4 + i] for i in range(4)]
-            for part in (0, 2):
-                warp.multiply_add(dtype, at, [rows[i] for i in range(4)], [weights[part], weights[part + 1]])
     scale = named("scale", warp.registers(2, "float32"))
-    for i in (0, 1):
-        warp.quad_sum(squares, i)
-        if feature_map == "prf":
-            T.buffer_store(scale, squares[i] * T.float32(-0.5 * d**-0.5), [i])
-        else:
-            T.buffer_store(scale, T.Select(squares[i] > 0, T.float32(1) / T.sqrt(squares[i]), squares[i]), [i])
 
-    def feature(i: int, row: Expr, column: Any) -> Expr:
+    def multiply(start: int, tiles: range) -> None:
+        for k in range(0, d, ROWS):
+            for i in range(4):
+                column = k + i // 2 * 8
+                if column >= d:  # d is a multiple of 8, not of 16
+                    T.buffer_store(rows, T.uint32(0), [i])
+                    continue
+                # past the end the last row again; `phi` has zeros there
+                row = T.min(first + (i % 2 * 8) + group, n - 1)
+                warp.load_pair(rows[i], x.ptr_to([b, h, row, column + 2 * pair]))
+                if start == 0:
+                    low, high = warp.unpack(dtype, rows[i])
+                    T.buffer_store(squares, squares[i % 2] + (low * low + high * high), [i % 2])
+            for tile in tiles:
+                _split(config, projection, T.min(start + tile * 8 + group, m - 1), k, pair, weights)
+                at = [logits[tile * 4 + i] for i in range(4)]
+                for part in (0, 2):
+                    warp.multiply_add(dtype, at, [rows[i] for i in range(4)], [weights[part], weights[part + 1]])
+
+    def normalise() -> None:
+        for i in (0, 1):
+            warp.quad_sum(squares, i)
+            if feature_map == "prf":
+                T.buffer_store(scale, squares[i] * T.float32(-0.5 * d**-0.5), [i])
+            else:
+                T.buffer_store(scale, T.Select(squares[i] > 0, T.float32(1) / T.sqrt(squares[i]), squares[i]), [i])
+
+    def feature(i: int, row: Expr, column: Expr) -> Expr:
         logit, norm = logits[i], scale[i % 4 // 2]
         is_prf = feature_map == "prf"
         exponent = logit * T.float32(d**-0.25) + norm if is_prf else logit * norm - T.float32(0.5)
         exists = row < n if config.padded_features == m else T.And(row < n, column < m)
         return T.Select(exists, T.exp(exponent) * T.float32(m**-0.5), T.float32(0))
 
-    for lower in (0, 1):
-        row = let("row", first + lower * 8 + group)
-        for tile in range(tiles):
-            column = tile * 8 + 2 * pair
-            elements = (feature(tile * 4 + lower * 2 + i, row, column + i) for i in (0, 1))
-            warp.pack(dtype, rows[0], *elements)
-            warp.store_pair(phi.ptr_to([b, h, row, column]), rows[0])
+    warp.zero(squares, 2)
+    for start in range(0, config.padded_features, FEATURES):
+        tiles = range(min(FEATURES, config.padded_features - start) // 8)
+        warp.zero(logits, len(tiles) * 4)
+        multiply(start, tiles)
+        if start == 0:
+            normalise()
+        for lower in (0, 1):
+            row = let("row", first + lower * 8 + group)
+            for tile in tiles:
+                column = start + tile * 8 + 2 * pair
+                elements = (feature(tile * 4 + lower * 2 + i, row, column + i) for i in (0, 1))
+                warp.pack(dtype, rows[0], *elements)
+                warp.store_pair(phi.ptr_to([b, h, row, column]), rows[0])
 
 
 def _split(config: TensorCoreConfig, projection: Buffer, row: Expr, k: int, pair: Expr, parts: Buffer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from tvm.script import tirx as T
@@ -29,6 +29,13 @@ def argument(name: str, shape: tuple[Any, ...], dtype: str, strided: bool = Fals
     if strided:
         strides = [named(f"{name}_{axis}_stride", T.int64()) for axis in ("batch", "head", "row")] + [T.int64(1)]
     return named(name, T.match_buffer(handle, shape, dtype, strides=strides, align=align))
+
+
+def blocks_at_once(count: int) -> AbstractContextManager[Any]:
+    """Bound the registers of a thread so that a multiprocessor can hold `count` blocks; 0 leaves that to nvcc."""
+    if count == 0:
+        return nullcontext()
+    return T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(count))  # type: ignore[no-any-return]
 
 
 def named(name: str, var: Any) -> Any:

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from rpe_tvm.plan.gpu_direct import WARP
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import argument, function, let, named
+from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_warp import Expr
 
 WARPS = 32
@@ -37,6 +37,7 @@ def direct_weights() -> tvm.tirx.PrimFunc:
             T.launch_thread("blockIdx.x", (width + PART - 1) // PART) as part,
             T.launch_thread("blockIdx.y", heads) as h,
             T.launch_thread("threadIdx.x", WARP * WARPS) as thread,
+            blocks_at_once(1),
         ):
             largest = named("largest", warp.registers(1, "float32"))
             T.buffer_store(largest, T.float32(-math.inf), [0])

@@ -118,7 +118,7 @@ def test_weights(weights, n_query, n_key, causal):
     np.testing.assert_allclose(table, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("feature_map", "m", "d", "dtype"), [("prf", 32, 64, "bfloat16"), ("nprf", 24, 40, "float16")])
+@pytest.mark.parametrize(("feature_map", "m", "d", "dtype"), [("prf", 32, 64, "bfloat16"), ("nprf", 72, 40, "float16")])
 def test_features(tmp_path, feature_map, m, d, dtype):
     config = TensorCoreConfig(m, d, 1024, dtype, matrix_sums=True)
     kernel = Kernel(features(config, feature_map), tmp_path)

@@ -15,6 +15,10 @@ Block = Any
 PAIR = 2  # floats of a complex number
 # axes of a stage's result after the leading ones, see `te.gpu_dft`
 AXES = {"ahead": 5, "back": 4}
+# positions whose features one block of threads makes, features of each of its threads, and groups of them
+POSITIONS, FEATURES, MOST_GROUPS = 64, 8, 4
+# channels of a row that a thread keeps in registers
+WIDEST_ROW = 128
 # positions whose outputs one block of threads divides, and threads for each of them
 TILE, TEAM = 32, 8
 
@@ -159,16 +163,16 @@ def bind_grid(sch: Schedule, *loops: Loop) -> None:
 
 
 def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
-    """Schedule `te.gpu_attention.fft_attention`: a block of threads for each (batch, head, pair, parity)."""
+    """Schedule `te.gpu_attention.fft_attention`: a block of threads for each (batch, head, pair, remainder)."""
     radices, threads = config.radices, config.threads
     chain = stages(radices, inverse=True)
     meetings = meet(sch, chain)
 
     partial = sch.get_sblock("partial")
-    b, h, pair, p, s, q, c, feature = sch.get_loops(partial)
+    b, h, pair, residue, fold, s, q, c, feature = sch.get_loops(partial)
     outer, thread = sch.split(q, [None, threads])
-    sch.reorder(b, h, pair, p, thread, feature, outer, s, c)
-    block = sch.fuse(pair, p)
+    sch.reorder(b, h, pair, residue, thread, feature, outer, fold, s, c)
+    block = sch.fuse(pair, residue)
     bind_grid(sch, b, h, block)
     sch.bind(thread, "threadIdx.x")
     result = sch.cache_write(partial, 0, "local")
@@ -180,9 +184,9 @@ def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
     place(sch, chain, meetings, feature, outer, threads)
     _pack_in_shared(sch, block, threads)
     pad_meetings(sch, radices, meetings, inverse=True)
-    unroll(sch, sch.get_loops(partial)[-3:])
+    unroll(sch, sch.get_loops(partial)[-4:])
     sch.decompose_reduction(partial, feature)
-    unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-3:])
+    unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-4:])
 
 
 def normalise(sch: Schedule) -> None:
@@ -198,25 +202,46 @@ def normalise(sch: Schedule) -> None:
 
 
 def features(sch: Schedule, config: GpuAttentionConfig) -> None:
-    """Schedule `te.gpu_features.features`: a thread has the row of one position in registers."""
+    """Schedule `te.gpu_features.features`: a thread makes a few features of one position.
+
+    Rows come through shared memory: neighbouring threads read neighbouring numbers of a row there.
+    """
     for name in ("q", "k"):
         phi = sch.get_sblock(f"phi_{name}")
         b, h, feature, i = sch.get_loops(phi)
-        tile, thread = sch.split(i, [None, 64])
-        sch.reorder(b, h, tile, thread, feature)
+        tile, position = sch.split(i, [None, POSITIONS])
+        group, feature = sch.split(feature, [None, FEATURES])
+        sch.reorder(b, h, tile, group, position, feature)
         bind_grid(sch, b, h, tile)
+        groups = -(-config.num_features // FEATURES)
+        _, group = sch.split(group, [None, min(groups, MOST_GROUPS)])
+        thread = sch.fuse(group, position)
         sch.bind(thread, "threadIdx.x")
-        for block, loop, scope in (
-            (f"logits_{name}", feature, "local"),
-            (f"scale_{name}", thread, "local"),
-            (f"norm_{name}", thread, "local"),
-            (f"row_{name}", thread, "local"),
-        ):
+        threads = POSITIONS * min(groups, MOST_GROUPS)
+
+        logits, norm, row = (sch.get_sblock(f"{stage}_{name}") for stage in ("logits", "norm", "row"))
+        weights = sch.cache_read(logits, read_index(sch, logits, "projection"), "shared.dyn", [logits])
+        unrolled = [phi]
+        if config.head_dim <= WIDEST_ROW:
+            of_thread = sch.cache_read(norm, read_index(sch, norm, f"row_{name}"), "local")
+            unrolled += [logits, norm, of_thread]
+        for block, loop in ((f"scale_{name}", thread), (f"logits_{name}", thread), (f"norm_{name}", thread)):
             stage = sch.get_sblock(block)
-            sch.set_scope(stage, 0, scope)
+            sch.set_scope(stage, 0, "local")
             sch.compute_at(stage, loop)
-            loops = below(sch, stage, loop)
-            unroll(sch, loops)
+        *_, f, k = sch.get_loops(logits)
+        sch.reorder(k, f)
+        if config.head_dim <= WIDEST_ROW:
+            sch.compute_at(of_thread, thread)
+        for stage in unrolled:
+            unroll(sch, below(sch, stage, thread))
+        sch.set_scope(row, 0, "shared.dyn")
+        for block in (row, weights):
+            sch.compute_at(block, tile, preserve_unit_loops=True)
+            _, lane = sch.split(sch.fuse(*sch.get_loops(block)[-2:]), [None, threads])
+            sch.bind(lane, "threadIdx.x")
+        # an odd stride: threads of a warp read one column
+        sch.storage_align(row, 0, 2, 2, 1)
 
 
 def largest_bias(sch: Schedule) -> None:

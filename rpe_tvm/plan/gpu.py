@@ -45,6 +45,9 @@ class GpuAttentionConfig:
         Radices of the transform that a block of threads makes in shared memory.
     threads : int
         Threads of that block.
+    folds : int
+        Into how many parts of the transform's length the P positions fall: the transform of 2 P points is 2 * folds ones of
+        P / folds points, one for each remainder of the frequency.
     columns : int
         1 where that transform has P points. Else P points lie as columns x prod(radices) in memory (the four-step
         split), and each column is one butterfly of this radix.
@@ -59,6 +62,7 @@ class GpuAttentionConfig:
     length: int
     radices: tuple[int, ...]
     threads: int
+    folds: int = 1
     columns: int = 1
     blocks_per_sm: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -69,11 +73,13 @@ class GpuAttentionConfig:
         for field in ("num_features", "head_dim", "length", "threads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"Invalid {field}: expected a positive number, got {getattr(self, field)}.")
-        if self.columns * self.row != self.length or len(self.radices) < 2:
+        if self.columns * self.folds * self.row != self.length or len(self.radices) < 2:
             raise ValueError(
-                f"Invalid radices: expected two or more whose product is {self.length} / columns, got {self.radices} "
-                f"and columns {self.columns}."
+                f"Invalid radices: expected two or more whose product is {self.length} / (columns * folds), got "
+                f"{self.radices}, columns {self.columns} and folds {self.folds}."
             )
+        if min(self.columns, self.folds) != 1:
+            raise ValueError(f"Invalid folds: expected 1 where there are columns, got {self.folds}.")
         if not {*self.radices, self.columns} <= {1, *RADICES}:
             raise ValueError(f"Invalid radix: expected radices of {RADICES}, got {self.radices}.")
 
@@ -86,7 +92,14 @@ class GpuAttentionConfig:
     def description(self) -> str:
         """One short word for tables: the algorithm with its factorisation."""
         rows = ".".join(map(str, self.radices))
+        if self.folds > 1:
+            return f"fft {self.folds}({rows})"
         return f"fft {rows}" if self.columns == 1 else f"fft {self.columns}x{rows}"
+
+    @property
+    def residues(self) -> int:
+        """Transforms of one product: remainders of the frequency; 2, its parities, where nothing is folded."""
+        return 2 * self.folds
 
     @property
     def row(self) -> int:
@@ -117,8 +130,8 @@ class TableLayout:
     stages : dict
         (size, radix) of a stage -> start of its twiddles, `[radix, size / radix]`: neighbouring threads read
         neighbouring numbers.
-    parity : int
-        exp(-i pi j / P) for j < P: turns a skew-circulant product into a circulant one.
+    turns : int
+        exp(-i pi j / P) for j < P, where positions are folded for j < 2 P: what frequencies of a remainder are shifted by.
     split : int
         Only with columns: exp(-2 pi i k1 n2 / P), `[columns, row]`.
     size : int
@@ -126,7 +139,7 @@ class TableLayout:
     """
 
     stages: dict[tuple[int, int], int]
-    parity: int
+    turns: int
     split: int
     size: int
 
@@ -139,7 +152,7 @@ def layout(config: GpuAttentionConfig) -> TableLayout:
         if size > radix:
             stages[size, radix] = start
             start += 2 * size
-    split = start + 2 * config.length
+    split = start + 2 * config.length * min(config.folds, 2)
     return TableLayout(stages, start, split, split + (2 * config.length if config.columns > 1 else 0))
 
 
@@ -149,7 +162,7 @@ def tables(config: GpuAttentionConfig) -> npt.NDArray[np.float32]:
     out = np.empty(where.size, np.float32)
     for (size, radix), start in where.stages.items():
         out[start : start + 2 * size] = _pairs(np.outer(np.arange(radix), np.arange(size // radix)) / size)
-    out[where.parity : where.split] = _pairs(np.arange(config.length) / (2 * config.length))
+    out[where.turns : where.split] = _pairs(np.arange((where.split - where.turns) // 2) / (2 * config.length))
     if config.columns > 1:
         out[where.split :] = _pairs(np.outer(np.arange(config.columns), np.arange(config.row)) / config.length)
     return out
@@ -164,6 +177,8 @@ def _pairs(turns: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 # rows up to this length are transformed in shared memory at once
 LONGEST_ROW = 8192
 LONGEST = 32 * LONGEST_ROW
+# transformed in shared memory by folds of 4096 positions
+FOLDED = 16384
 
 
 # The radices of a row of that many points: each divides the first, so that every stage has a multiple of the first one's
@@ -202,10 +217,13 @@ def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32") -> 
     if n > LONGEST:
         raise ValueError(f"Invalid length: expected at most {LONGEST} positions on a GPU so far, got {n}.")
     length = gpu_bucket(n)
-    columns = 1
-    if length > LONGEST_ROW:
+    folds = columns = 1
+    if length == FOLDED:
+        folds = 4
+    elif length > LONGEST_ROW:
         columns = 32 if length == LONGEST else max(4, min(16, length // 4096))
-    radices = ROW_RADICES[length // columns]
-    threads = max(32, length // columns // radices[0])
-    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0) if columns == 1 else 0
-    return GpuAttentionConfig(num_features, head_dim, length, radices, threads, columns, blocks_per_sm, dtype)  # type: ignore[arg-type]
+    row = length // (folds * columns)
+    radices = ROW_RADICES[row]
+    threads = max(32, row // radices[0])
+    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0) if folds * columns == 1 else 0
+    return GpuAttentionConfig(num_features, head_dim, length, radices, threads, folds, columns, blocks_per_sm, dtype)  # type: ignore[arg-type]

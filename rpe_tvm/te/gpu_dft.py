@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tvm import te
+from tvm import te, tirx
 
 from rpe_tvm.plan.gpu import COMPOSITE, TableLayout
 from rpe_tvm.plan.twiddles import stage_sizes
@@ -34,6 +34,8 @@ class Tables:
 
     tensor: te.Tensor
     layout: TableLayout
+    length: int
+    folds: int
 
     def twiddle(self, size: int, radix: int, t: int, q: Expr) -> Complex:
         if t > 4 and t % 4:  # 6 numbers in registers in place of 15
@@ -43,8 +45,27 @@ class Tables:
     def split(self, k1: Expr, n2: Expr, row: int) -> Complex:
         return cx.load_flat(self.tensor, self.layout.split + 2 * (k1 * row + n2))
 
-    def parity(self, position: Expr) -> Complex:
-        return cx.load_flat(self.tensor, self.layout.parity + 2 * position)
+    def turn(self, residue: Expr, position: Expr) -> Complex:
+        """exp(-i pi residue position / P)"""
+        return cx.load_flat(self.tensor, self.layout.turns + 2 * (residue * position % (2 * self.length)))
+
+    def twist(self, residue: Expr, position: Expr, value: Complex) -> Complex:
+        """Shift the frequencies of a remainder so that they are those of a transform of P / folds points."""
+        if self.folds > 1:
+            return cx.mul(value, self.turn(residue, position))
+        turned = cx.mul(value, self._turn(position))
+        return tuple(tirx.Select(residue == 0, value[k], turned[k]) for k in (0, 1))
+
+    def untwisted_sum(self, position: Expr, values: Sequence[Complex]) -> Complex:
+        """Return the sum over remainders, shifted back."""
+        total = values[0]
+        for residue in range(1, len(values)):
+            turn = self.turn(residue, position) if self.folds > 1 else self._turn(position)
+            total = cx.add(total, cx.mul_conj(values[residue], turn))
+        return total
+
+    def _turn(self, position: Expr) -> Complex:
+        return cx.load_flat(self.tensor, self.layout.turns + 2 * position)
 
 
 def _dft(x: Sequence[Complex], sign: int) -> list[Complex]:

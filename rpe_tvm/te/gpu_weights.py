@@ -36,21 +36,21 @@ def folded_weight(
     largest: te.Tensor,
     causal: Expr,
     h: Expr,
-    parity: Expr,
+    residue: Expr,
     position: Expr,
     part: Expr,
 ) -> Expr:
-    """Return the real or imaginary part of what is transformed to the spectrum of a parity, at a position."""
+    """Return the real or imaginary part of what is transformed to a remainder of the spectrum, at a position."""
 
     def weight(t: Expr) -> Expr:
         valid = tirx.all(t > -sizes.n_query, t < sizes.n_key, tirx.any(causal == 0, t <= 0))
         found = tirx.exp(bias[h, t + sizes.n_query - 1] - largest[h])
         return tirx.if_then_else(valid, found * cx.real(0.5 / config.length), cx.real(0.0))
 
+    # the half of the 2 P points that starts at P differs by P turns of half a circle for each remainder
     same, wrapped = weight(-position), weight(config.length - position)
-    turned = cx.scale(tables.parity(position), same - wrapped)
-    real = tirx.Select(parity == 0, same + wrapped, turned[0])
-    return cx.part(part, (real, tirx.Select(parity == 0, cx.real(0.0), turned[1])))
+    sign = tirx.Select(residue % 2 == 0, cx.real(1.0), cx.real(-1.0))
+    return cx.part(part, tables.twist(residue, position, (same + sign * wrapped, cx.real(0.0))))
 
 
 def largest_bias(sizes: Sizes) -> list[te.Tensor]:
@@ -77,34 +77,36 @@ def largest_bias(sizes: Sizes) -> list[te.Tensor]:
 
 
 def spectrum(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
-    """Return the arguments of the spectra of C's circulant and skew-circulant part.
+    """Return the arguments of the spectrum of C by remainders.
 
-    With g[s] = c[-s], the part of parity p is FFT_P of (g[s] +- g[s - P]) exp(-i pi p s / P), divided by 2 P.
+    With g[s] = c[-s] over 2 P points, remainder r of R is the transform of sum_l g[s + l L] exp(-i pi r (s + l L) / P), with
+    L = 2 P / R points, divided by 2 P.
 
     Returns
     -------
     list
         rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k, causal (0 or 1), tables (flat), spectrum
-        `[H, 2, R, P / R, 2]` with R the last radix: position block * R + t in digit order is element (t, block).
+        `[H, residues, R, row / R, 2]` with R the last radix: position block * R + t in digit order is element (t, block).
     """
     bias, largest, causal = weight_inputs(sizes)
-    length, radices = config.length, config.radices
-    rest, last = length // radices[0], radices[-1]
+    row, radices = config.row, config.radices
+    rest, last = row // radices[0], radices[-1]
     tables = make_tables(config)
-    folded = cx.compute(
-        (sizes.heads, 2, radices[0], rest, 2),
-        lambda h, p, s, q, c: folded_weight(config, sizes, tables, bias, largest, causal, h, p, s * rest + q, c),
-        "packed",
-    )
+
+    def fold(h: Expr, r: Expr, s: Expr, q: Expr, c: Expr) -> Expr:
+        positions = [part * row + s * rest + q for part in range(config.folds)]
+        return sum(folded_weight(config, sizes, tables, bias, largest, causal, h, r, x, c) for x in positions)
+
+    folded = cx.compute((sizes.heads, config.residues, radices[0], rest, 2), fold, "packed")
 
     def load(at: tuple[Expr, ...], s: int, q: Expr) -> Complex:
         return cx.load(folded, *at, s, q)
 
     ahead = gpu_dft.forward(
-        "ahead", radices, (sizes.heads, 2), tables, load, lambda at, block, t, value: value
+        "ahead", radices, (sizes.heads, config.residues), tables, load, lambda at, block, t, value: value
     )
     result = cx.compute(
-        (sizes.heads, 2, last, length // last, 2),
+        (sizes.heads, config.residues, last, row // last, 2),
         lambda h, p, t, block, c: ahead[h, p, block, t, 0, 0, c],
         "spectrum",
     )

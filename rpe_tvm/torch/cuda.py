@@ -107,7 +107,7 @@ def _in_shared_memory(
     config, functions, tables = instance.config, instance.functions, _tables(instance.config, value.device)
     spectrum = value.new_empty(gpu_buffers.spectrum(config, phi_q.shape[1]))
     functions["spectrum"](*weights, tables, spectrum)
-    by_first_radix = torch.unflatten(partial, 4, (config.radices[0], -1))
+    by_first_radix = torch.unflatten(partial, 4, (config.folds, config.radices[0], -1))
     functions["attention"](phi_q, phi_k, value, spectrum, tables, by_first_radix)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.gpu import COMPOSITE, HALF_WARP, GpuAttentionConfig
+from rpe_tvm.te.gpu_attention import TILE
 
 Loop = Any
 Block = Any
@@ -19,8 +20,8 @@ AXES = {"ahead": 5, "back": 4}
 POSITIONS, FEATURES, MOST_GROUPS = 64, 8, 4
 # channels of a row that a thread keeps in registers
 WIDEST_ROW = 128
-# positions whose outputs one block of threads divides, and threads for each of them
-TILE, TEAM = 32, 8
+# threads that divide the outputs of a tile of positions
+NORMALISING = 256
 
 
 def read_index(sch: Schedule, block: Block, name: str) -> int:
@@ -190,15 +191,20 @@ def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
 
 
 def normalise(sch: Schedule) -> None:
-    """Schedule `te.gpu_attention.normalise`: neighbouring threads read neighbouring positions."""
-    sch.compute_inline(sch.get_sblock("sums"))
+    """Schedule `te.gpu_attention.normalise`: a tile of positions turns in shared memory from pairs to rows."""
     b, h, i, channel = sch.get_loops(sch.get_sblock("out"))
     tile, position = sch.split(i, [None, TILE])
-    pairs, pair, half = sch.split(channel, [None, TEAM, 2])
-    sch.reorder(tile, pair, position, pairs, half)
     bind_grid(sch, b, h, tile)
-    sch.bind(sch.fuse(pair, position), "threadIdx.x")
-    unroll(sch, [pairs, half])
+    _, thread = sch.split(sch.fuse(position, channel), [None, NORMALISING])
+    sch.bind(thread, "threadIdx.x")
+    sums = sch.get_sblock("sums")
+    sch.set_scope(sums, 0, "shared.dyn")
+    sch.compute_at(sums, tile, preserve_unit_loops=True)
+    pair, position, c = sch.get_loops(sums)[-3:]
+    _, thread = sch.split(sch.fuse(pair, position), [None, NORMALISING])
+    sch.bind(thread, "threadIdx.x")
+    unroll(sch, [c])
+    sch.storage_align(sums, 0, 3, PAIR * TILE, PAIR)
 
 
 def features(sch: Schedule, config: GpuAttentionConfig) -> None:
@@ -229,8 +235,8 @@ def features(sch: Schedule, config: GpuAttentionConfig) -> None:
             stage = sch.get_sblock(block)
             sch.set_scope(stage, 0, "local")
             sch.compute_at(stage, loop)
-        *_, f, k = sch.get_loops(logits)
-        sch.reorder(k, f)
+        *of_features, k = below(sch, logits, thread)
+        sch.reorder(k, *of_features)
         if config.head_dim <= WIDEST_ROW:
             sch.compute_at(of_thread, thread)
         for stage in unrolled:

@@ -20,6 +20,10 @@ from rpe_tvm.te.complex import Complex, Expr
 from rpe_tvm.te.shapes import Sizes
 
 
+# positions whose outputs one block of threads divides; divides every bucket
+TILE = 32
+
+
 def make_tables(config: GpuAttentionConfig) -> gpu_dft.Tables:
     """Return the placeholder of a config's constants."""
     where = layout(config)
@@ -130,15 +134,19 @@ def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     )
     tables = make_tables(config)
 
-    def add(b: Expr, h: Expr, pair: Expr, i: Expr, c: Expr) -> Expr:
-        values = [cx.load(partial, b, h, pair, residue, i) for residue in range(config.residues)]
-        return cx.part(c, tables.untwisted_sum(i, values))
+    def add(b: Expr, h: Expr, tile: Expr, pair: Expr, row: Expr, c: Expr) -> Expr:
+        position = tile * TILE + row
+        values = [cx.load(partial, b, h, pair, residue, position) for residue in range(config.residues)]
+        return cx.part(c, tables.untwisted_sum(position, values))
 
-    sums = cx.compute((sizes.batch, sizes.heads, config.pairs, length, 2), add, "sums")
+    tiles = length // TILE
+    sums = cx.compute((sizes.batch, sizes.heads, tiles, config.pairs, TILE, 2), add, "sums")
 
     def divide(b: Expr, h: Expr, i: Expr, ch: Expr) -> Expr:
-        inverse = cx.real(1.0) / sums[b, h, d // 2, i, d % 2]
-        return (sums[b, h, ch // 2, i, ch % 2] * inverse).astype(config.dtype)
+        # n_q <= P always; the minimum tells TVM so
+        tile = tirx.min(i // TILE, tiles - 1)
+        inverse = cx.real(1.0) / sums[b, h, tile, d // 2, i % TILE, d % 2]
+        return (sums[b, h, tile, ch // 2, i % TILE, ch % 2] * inverse).astype(config.dtype)
 
     out = cx.compute((sizes.batch, sizes.heads, sizes.n_query, d), divide, "out")
     return [partial, tables.tensor, out]

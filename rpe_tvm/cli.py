@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import __version__, bench, bench_toeplitz, bench_train
+from rpe_tvm import __version__, bench, bench_cuda, bench_toeplitz, bench_train
 from rpe_tvm.errors import RpeTvmError
 
 
@@ -193,6 +193,19 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.target != "cuda" and args.dtypes not in (None, ("float32",)):
+        args.error(f"argument --dtypes: expected --target cuda for {','.join(args.dtypes)}, got --target {args.target}")
+    bench.fill_in(args)
+    if args.target == "cuda":
+        if args.op != "attention" or args.mode != "forward":
+            args.error(
+                "argument --target: expected x86 for --op toeplitz and --mode train, which GPUs do not have yet, got "
+                "cuda"
+            )
+        for option, value in (("--threads", args.threads), ("--memory-lengths", args.memory_lengths)):
+            if value is not None:
+                args.error(f"argument {option}: expected --target x86, got --target cuda; leave one of them out")
+        return bench_cuda.main(args, functools.partial(_describe_gpu, args))
     if args.mode != "train" and args.memory_lengths is not None:
         args.error("argument --memory-lengths: expected --mode train, which measures memory, got --mode forward")
     if args.op == "toeplitz":
@@ -208,6 +221,13 @@ def _describe(args: argparse.Namespace, n: int) -> str:
     from rpe_tvm import torch
 
     return torch.describe(n, args.features, args.head_dim)
+
+
+def _describe_gpu(args: argparse.Namespace, n: int, dtype: str) -> str:
+    from rpe_tvm.torch import dispatch
+
+    # Other dtypes are converted: the kernel is that of float32.
+    return dispatch.get_gpu_operator(0, n, args.features, args.head_dim).config.description
 
 
 def _describe_training(args: argparse.Namespace, n: int) -> str:

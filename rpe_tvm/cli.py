@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rpe_tvm import __version__, bench, bench_cuda, bench_toeplitz, bench_train
-from rpe_tvm.errors import RpeTvmError
+from rpe_tvm.errors import BuildError, RpeTvmError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,7 +168,10 @@ def _compile(args: argparse.Namespace) -> int:
 
     def choose(n: int) -> Any:
         if isinstance(target, GpuTargetSpec):
-            return gpu.choose(n, args.features, args.head_dim)
+            try:
+                return gpu.choose(n, args.features, args.head_dim)
+            except ValueError as error:
+                raise BuildError(str(error)) from error
         if args.op == "toeplitz":
             return toeplitz.choose(target.id, n, args.head_dim, target.lanes)
         if args.op == "backward":

@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from rpe_tvm.plan.gpu import COMPOSITE, FLOAT_BYTES, HALF_WARP, GpuAttentionConfig
+from rpe_tvm.plan.gpu import COMPOSITE, HALF_WARP, GpuAttentionConfig
 
 Loop = Any
 Block = Any
@@ -15,7 +15,7 @@ Block = Any
 PAIR = 2  # floats of a complex number
 # axes of a stage's result after the leading ones, see `te.gpu_dft`
 AXES = {"ahead": 5, "back": 4}
-# positions whose outputs one block divides, and threads for each of them
+# positions whose outputs one block of threads divides, and threads for each of them
 TILE, TEAM = 32, 8
 
 
@@ -185,25 +185,16 @@ def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
     unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-3:])
 
 
-def normalise(sch: Schedule, config: GpuAttentionConfig) -> None:
-    """Schedule `te.gpu_attention.normalise`: a tile of positions turns in shared memory from pairs to rows."""
-    out = sch.get_sblock("out")
-    b, h, i, channel = sch.get_loops(out)
-    bucket, position = sch.split(i, [None, config.length])
-    tile, position = sch.split(position, [None, TILE])
-    block = sch.fuse(bucket, tile)
-    bind_grid(sch, b, h, block)
-    _, thread = sch.split(sch.fuse(position, channel), [None, TILE * TEAM])
-    sch.bind(thread, "threadIdx.x")
-    sums = sch.get_sblock("sums")
-    sch.set_scope(sums, 0, "shared.dyn")
-    sch.compute_at(sums, block, preserve_unit_loops=True)
-    pair, position, c = sch.get_loops(sums)[-3:]
-    _, thread = sch.split(sch.fuse(pair, position), [None, TILE * TEAM])
-    sch.bind(thread, "threadIdx.x")
-    sch.unroll(c)
-    rank = len(sch.get(sums).writes[0].region)
-    sch.storage_align(sums, 0, rank - 3, PAIR * TILE, PAIR)
+def normalise(sch: Schedule) -> None:
+    """Schedule `te.gpu_attention.normalise`: neighbouring threads read neighbouring positions."""
+    sch.compute_inline(sch.get_sblock("sums"))
+    b, h, i, channel = sch.get_loops(sch.get_sblock("out"))
+    tile, position = sch.split(i, [None, TILE])
+    pairs, pair, half = sch.split(channel, [None, TEAM, 2])
+    sch.reorder(tile, pair, position, pairs, half)
+    bind_grid(sch, b, h, tile)
+    sch.bind(sch.fuse(pair, position), "threadIdx.x")
+    unroll(sch, [pairs, half])
 
 
 def features(sch: Schedule, config: GpuAttentionConfig) -> None:

@@ -89,7 +89,7 @@ def compile_kernel(source: str, directory: Path, name: str | None = None) -> Cal
     """
     kernels = re.findall(r'extern "C" __global__ void [^\n;{]*?(\w+)\(([^)]*)\) \{', source)
     found, signature = next((k for k in kernels if name in (None, k[0])), kernels[0])
-    body = source[re.search(rf'extern "C" __global__ void [^\n;{{]*{found}\([^)]*\) \{{', source).start() :]  # type: ignore[union-attr]
+    body = source[re.search(rf'extern "C" __global__ void [^\n;{{]*\b{found}\([^)]*\) \{{', source).start() :]  # type: ignore[union-attr]
     body = body.split('extern "C" __global__', 2)
     text = 'extern "C" ' + body[1]
     text = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", text)
@@ -110,7 +110,8 @@ def compile_kernel(source: str, directory: Path, name: str | None = None) -> Cal
         results = []
         for order in (-1, 1):
             copies = {
-                key: value.copy(order="K") if isinstance(value, np.ndarray) and order < 0 else value
+                # arrays with gaps are inputs, and a copy would have other strides
+                key: value.copy() if order < 0 and isinstance(value, np.ndarray) and value.flags.c_contiguous else value
                 for key, value in arguments.items()
             }
             holders = [_pointer(copies[key]) for key in names]

@@ -1,6 +1,7 @@
-"""Libraries in the place of NVIDIA's driver and runtime: they report one GPU and refuse everything else.
+"""Libraries in the place of NVIDIA's driver and runtime: they report one GPU, and launches do nothing.
 
-With them TVM's runtime for CUDA loads on a machine without a GPU, and everything up to a launch can be tested.
+With them TVM's runtime for CUDA loads on a machine without a GPU, and everything up to a launch can be tested: in a
+process of its own, because what is loaded stays.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ int cuDeviceGetAttribute(int* value, int which, int device) {
   return 0;
 }
 """
+_RUNTIME = "int cudaGetDevice(int* device) { *device = 0; return 0; }"
 
 
 def write_libraries(directory: Path, tvm_runtime: Path) -> Path:
@@ -39,10 +41,10 @@ def write_libraries(directory: Path, tvm_runtime: Path) -> Path:
     version.write_text("libcudart.so.13 { global: *; };")
     for name, pattern, source, options in (
         ("libcuda.so.1", r"\bcu[A-Z]\w+", _DRIVER, []),
-        ("libcudart.so.13", r"\bcuda[A-Z]\w+", "", [f"-Wl,--version-script={version}"]),
+        ("libcudart.so.13", r"\bcuda[A-Z]\w+", _RUNTIME, [f"-Wl,--version-script={version}"]),
     ):
         wanted = set(re.findall(pattern, symbols)) - set(re.findall(r"\bcu\w+(?=\()", source))
-        stubs = "\n".join(f"int {symbol}(void) {{ return 100; }}" for symbol in sorted(wanted))
+        stubs = "\n".join(f"int {symbol}(void) {{ return 0; }}" for symbol in sorted(wanted))
         code = directory / f"{name}.c"
         code.write_text(source + stubs)
         command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", *options, "-o", directory / name, code]

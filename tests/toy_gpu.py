@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rpe_tvm.plan.gpu import GpuAttentionConfig
-from rpe_tvm.runtime.gpu_operator import FFT_FUNCTIONS
+from rpe_tvm.runtime.gpu_operator import function_names
 
 CONFIG = GpuAttentionConfig(3, 8, 64, (8, 8), 32)
 
@@ -41,4 +41,4 @@ def module(*names: str, shared: int = 64) -> Any:
 
 def operator() -> Any:
     """A module with the names of the functions of attention, which goes with `CONFIG`."""
-    return module(*FFT_FUNCTIONS)
+    return module(*function_names(CONFIG))

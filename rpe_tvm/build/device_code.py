@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from rpe_tvm.errors import BuildError
 if TYPE_CHECKING:
     import tvm
 
+# Attribute of a function: how many blocks of threads of its kernels a multiprocessor shall hold; bounds their registers.
+BLOCKS_ATTRIBUTE = "rpe_tvm.blocks_per_sm"
 # Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
@@ -58,6 +61,7 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
         host, device = _split(mod, target)
         with _source_is_kept():
             host_module, source = _generate(host, device, target)
+        source = _bound_registers(source, mod)
     except BuildError:
         raise
     except Exception as error:  # TVM raises whatever class its C++ code named
@@ -84,7 +88,8 @@ def blob(code: DeviceCode, binary: bytes) -> bytes:
     import tvm_ffi
 
     packed = np.from_dlpack(tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(code.host)).tobytes()
-    source = _string(code.source.encode())
+    # as TVM made it, without what we wrote into `code.source`
+    source = _string(str(code.host.imports[0].inspect_source()).encode())
     head, kind, rest = packed.partition(_string(b"cuda"))
     module = rest[8:]
     table = module.removeprefix(_string(b"cuda")).removesuffix(source)
@@ -111,6 +116,18 @@ def _split(mod: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModule, 
     host = tvm.tirx.transform.Filter(is_host)(lowered)
     device = tvm.tirx.transform.Filter(lambda function: not is_host(function))(lowered)
     return finish_host()(host), finish_device()(device)
+
+
+def _bound_registers(source: str, mod: tvm.IRModule) -> str:
+    """Write `BLOCKS_ATTRIBUTE` of functions into the launch bounds of their kernels: schedules have no word for it."""
+    for function in mod.functions.values():
+        if BLOCKS_ATTRIBUTE in function.attrs:
+            symbol, blocks = function.attrs["global_symbol"], int(function.attrs[BLOCKS_ATTRIBUTE])
+            pattern = rf"__launch_bounds__\((\d+)\) ({symbol}_kernel\w*\()"
+            source, count = re.subn(pattern, rf"__launch_bounds__(\1, {blocks}) \2", source)
+            if count == 0:
+                raise BuildError(f"The kernels of {symbol} have no launch bounds in a form that this rpe_tvm knows.")
+    return source
 
 
 def _generate(host: tvm.IRModule, device: tvm.IRModule, target: tvm.target.Target) -> tuple[Any, str]:

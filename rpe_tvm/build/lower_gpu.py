@@ -8,6 +8,7 @@ import tvm
 from tvm import te
 from tvm.s_tir import Schedule
 
+from rpe_tvm.build.device_code import BLOCKS_ATTRIBUTE
 from rpe_tvm.build.lower import Lowered, named
 from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.plan.gpu import GpuAttentionConfig
@@ -41,8 +42,9 @@ def _long(config: GpuAttentionConfig, sizes: shapes.Sizes) -> list[Function]:
 def lower(config: GpuAttentionConfig) -> Lowered:
     """Return the scheduled functions.
 
-    `features_prf`, `features_nprf`, `largest`, `spectrum`, `attention` and `normalise`; where a transform does not fit into
-    shared memory `spectrum_columns` and `spectrum_rows`, and `columns`, `rows` and `back_columns`. Batch, heads and lengths are read from the arguments of each call.
+    `features_prf`, `features_nprf`, `largest`, `spectrum`, `attention` and `normalise`; where a transform does not fit into shared
+    memory `spectrum_columns` and `spectrum_rows`, and `columns`, `rows` and `back_columns`. Batch, heads and lengths are read
+    from the arguments of each call.
     """
     sizes = shapes.symbolic()
     functions: dict[str, tvm.tirx.PrimFunc] = {}
@@ -61,5 +63,7 @@ def lower(config: GpuAttentionConfig) -> Lowered:
     add("largest", gpu_weights.largest_bias(sizes), gpu.largest_bias)
     for name, expressions, schedule in (_short if config.columns == 1 else _long)(config, sizes):
         add(name, expressions, lambda sch, schedule=schedule: schedule(sch, config))
-    add("normalise", gpu_attention.normalise(config, sizes), lambda sch: gpu.normalise(sch, config))
+        if config.blocks_per_sm and name in ("attention", "rows"):
+            functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, config.blocks_per_sm)
+    add("normalise", gpu_attention.normalise(config, sizes), gpu.normalise)
     return Lowered(tvm.IRModule(functions), {"source": "default"})

@@ -25,7 +25,6 @@ COMPOSITE: dict[int, tuple[int, int]] = {
 }
 RADICES = (2, 3, 4, 5, *COMPOSITE)
 
-FLOAT_BYTES = 4
 # threads of a warp that one phase of an 8-byte access to shared memory serves
 HALF_WARP = 16
 
@@ -49,6 +48,8 @@ class GpuAttentionConfig:
     columns : int
         1 where that transform has P points. Else P points lie as columns x prod(radices) in memory (the four-step
         split), and each column is one butterfly of this radix.
+    blocks_per_sm : int
+        Blocks that a multiprocessor shall hold at once, which bounds the registers of a thread; 0: as the compiler likes.
     dtype : {"float32", "bfloat16", "float16"}
         Of query, key, value and out; all sums are float32.
     """
@@ -59,6 +60,7 @@ class GpuAttentionConfig:
     radices: tuple[int, ...]
     threads: int
     columns: int = 1
+    blocks_per_sm: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     op: ClassVar[str] = "attention"
@@ -179,6 +181,11 @@ ROW_RADICES: dict[int, tuple[int, ...]] = {
 }
 
 
+# Measured on an H100: 119 registers in place of 159, 0.19 ms in place of 0.22; 128 with few spilled in place of 194,
+# 0.396 in place of 0.42.
+BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 16, 8): 4, (16, 16, 16): 2}
+
+
 def gpu_bucket(n: int) -> int:
     """Return the smallest bucket on a GPU that holds `n` positions: a power of two of at least 64."""
     return max(64, 1 << (n - 1).bit_length())
@@ -200,4 +207,5 @@ def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32") -> 
         columns = 32 if length == LONGEST else max(4, min(16, length // 4096))
     radices = ROW_RADICES[length // columns]
     threads = max(32, length // columns // radices[0])
-    return GpuAttentionConfig(num_features, head_dim, length, radices, threads, columns, dtype)  # type: ignore[arg-type]
+    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0) if columns == 1 else 0
+    return GpuAttentionConfig(num_features, head_dim, length, radices, threads, columns, blocks_per_sm, dtype)  # type: ignore[arg-type]

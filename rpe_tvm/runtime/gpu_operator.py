@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 
-FFT_FUNCTIONS = (*(f"features_{name}" for name in FEATURE_MAPS), "largest", "spectrum", "attention", "normalise")
+_FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
+# Where a transform fits into shared memory, and where its columns and rows take turns.
+_SHORT = ("spectrum", "attention")
+_LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
+
+
+def function_names(config: GpuAttentionConfig) -> tuple[str, ...]:
+    """The names of the functions that are compiled for a config."""
+    return (*_FEATURES, "largest", *(_SHORT if config.columns == 1 else _LONG), "normalise")
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class GpuInstance:
     config
         What was compiled.
     functions
-        The functions by name, see `FFT_FUNCTIONS`. They take tensors of one GPU, launch kernels on the current stream
+        The functions by name, see `function_names`. They take tensors of one GPU, launch kernels on the current stream
         of torch there and do not wait for them. They make that GPU the current one and leave it so.
     """
 

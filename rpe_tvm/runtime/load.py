@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,18 @@ from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.runtime import toeplitz, tvm_runtime
 from rpe_tvm.runtime.cpu import cpu_flags
 from rpe_tvm.runtime.gpu import gpus
-from rpe_tvm.runtime.gpu_operator import FFT_FUNCTIONS, GpuInstance
+from rpe_tvm.runtime.gpu_operator import GpuInstance, function_names
 from rpe_tvm.runtime.operator import BACKWARD_FUNCTIONS, FUNCTIONS, Attention, Functions, Instance
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-# Operator and TVM's kind of target -> its config and its functions.
-_OPERATORS: dict[tuple[str, str], tuple[Any, tuple[str, ...]]] = {
-    ("attention", "llvm"): (AttentionConfig, FUNCTIONS),
-    ("backward", "llvm"): (BackwardConfig, BACKWARD_FUNCTIONS),
-    ("toeplitz", "llvm"): (ToeplitzConfig, toeplitz.FUNCTIONS),
-    ("attention", "cuda"): (GpuAttentionConfig, FFT_FUNCTIONS),
+# Operator and TVM's kind of target -> its config, and the functions of one.
+_OPERATORS: dict[tuple[str, str], tuple[Any, Callable[[Any], tuple[str, ...]]]] = {
+    ("attention", "llvm"): (AttentionConfig, lambda config: FUNCTIONS),
+    ("backward", "llvm"): (BackwardConfig, lambda config: BACKWARD_FUNCTIONS),
+    ("toeplitz", "llvm"): (ToeplitzConfig, lambda config: toeplitz.FUNCTIONS),
+    ("attention", "cuda"): (GpuAttentionConfig, function_names),
 }
 
 
@@ -197,7 +198,7 @@ def _check(directory: Path, wanted: _Wanted) -> _Candidate | None:
         raise _Unfit(f"operator {op!r} for {kind}, this rpe_tvm {__version__} knows {known}")
     if (op, kind) != (wanted.op, wanted.kind):
         return None
-    config_class, names = _OPERATORS[op, kind]
+    config_class, names_of = _OPERATORS[op, kind]
     try:
         library = directory / Path(str(fields["library"]["file"])).name
         sha256 = str(fields["library"]["sha256"])
@@ -207,9 +208,6 @@ def _check(directory: Path, wanted: _Wanted) -> _Candidate | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _Broken(f"{MANIFEST} is incomplete: {error!r}") from error
     _check_file(library, sha256)
-    missing = [name for name in names if name not in functions]
-    if missing:
-        raise _Broken(f"the library has no function {', '.join(missing)}")
     for package, installed in (("apache-tvm-ffi", tvm_ffi.__version__), ("rpe_tvm", __version__)):
         built = versions.get(package, "unknown")
         if _minor(built) != _minor(installed):
@@ -222,6 +220,10 @@ def _check(directory: Path, wanted: _Wanted) -> _Candidate | None:
         config = config_class.from_json(config_fields)
     except (TypeError, ValueError) as error:
         raise _Broken(f"{MANIFEST} has no usable config: {error}") from error
+    names = names_of(config)
+    missing = [name for name in names if name not in functions]
+    if missing:
+        raise _Broken(f"the library has no function {', '.join(missing)}")
     return _Candidate(config, library, names, fit, versions.get("apache-tvm", "unknown"))
 
 

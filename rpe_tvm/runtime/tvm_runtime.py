@@ -61,7 +61,7 @@ def load_cuda(artefacts: Path, version: str) -> None:
 
 
 def find(artefacts: Path, version: str) -> Path:
-    """The directory of `LIBRARIES`: the one that the variable `VARIABLE` names, else the installed package apache-tvm,
+    """The directory of `LIBRARIES`: of the installed package apache-tvm, else the one that `VARIABLE` names,
     else `PACKED` in the directory of artefacts.
 
     Raises
@@ -69,12 +69,14 @@ def find(artefacts: Path, version: str) -> Path:
     ArtefactError
         If they are at none of these places.
     """
+    # The package first, before the user's word: where TVM is imported later and meets a second copy of its runtime, it
+    # ends the process.
+    places: dict[str, Path | None] = {"in the package apache-tvm": installed()}
     named = os.environ.get(VARIABLE)
     if named:
-        places: dict[str, Path | None] = {f"{VARIABLE}={named}": Path(named)}
+        places[f"{VARIABLE}={named}"] = Path(named)
     else:
-        # The package first: a process that imports TVM later must not meet a second copy.
-        places = {"in the package apache-tvm": installed(), "beside the artefacts": artefacts / PACKED}
+        places["beside the artefacts"] = artefacts / PACKED
     reasons = []
     for place, directory in places.items():
         if directory is None:

@@ -129,9 +129,8 @@ def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     sums = cx.compute((sizes.batch, sizes.heads, config.pairs, length, 2), add, "sums")
 
     def divide(b: Expr, h: Expr, i: Expr, ch: Expr) -> Expr:
-        position = i % length  # i < P always; the remainder tells the schedule so where n_q is symbolic
-        inverse = cx.real(1.0) / sums[b, h, d // 2, position, d % 2]
-        return (sums[b, h, ch // 2, position, ch % 2] * inverse).astype(config.dtype)
+        inverse = cx.real(1.0) / sums[b, h, d // 2, i, d % 2]
+        return (sums[b, h, ch // 2, i, ch % 2] * inverse).astype(config.dtype)
 
     out = cx.compute((sizes.batch, sizes.heads, sizes.n_query, d), divide, "out")
     return [partial, tables.tensor, out]

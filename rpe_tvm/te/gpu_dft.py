@@ -18,7 +18,6 @@ from rpe_tvm.plan.twiddles import stage_sizes
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te.complex import Complex, Expr
 
-PRODUCTS = False
 Index = tuple[Expr, ...]
 
 # (leading indices, s, q) -> input s * (P / radix) + q of a forward transform
@@ -37,7 +36,7 @@ class Tables:
     layout: TableLayout
 
     def twiddle(self, size: int, radix: int, t: int, q: Expr) -> Complex:
-        if PRODUCTS and t > 4 and t % 4:
+        if t > 4 and t % 4:  # 6 numbers in registers in place of 15
             return cx.mul(self.twiddle(size, radix, t - t % 4, q), self.twiddle(size, radix, t % 4, q))
         return cx.load_flat(self.tensor, self.layout.stages[size, radix] + 2 * (t * (size // radix) + q))
 

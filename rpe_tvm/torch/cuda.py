@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -86,14 +87,51 @@ def _on_features(
     config, functions = instance.config, instance.functions
     batch, heads, n_q, _ = out.shape
     n_k = value.shape[2]
-    tables = _tables(config, value.device)
-    largest = value.new_empty(gpu_buffers.largest(config, heads))
-    spectrum = value.new_empty(gpu_buffers.spectrum(config, heads))
-    partial = value.new_empty(gpu_buffers.partial(config, batch, heads))
+    largest = value.new_empty(heads)
     functions["largest"](rpe_bias, n_q, n_k, int(is_causal), largest)
-    functions["spectrum"](rpe_bias, largest, n_q, n_k, int(is_causal), tables, spectrum)
-    functions["attention"](phi_q, phi_k, value, spectrum, tables, partial)
-    functions["normalise"](partial, tables, out)
+    weights = rpe_bias, largest, n_q, n_k, int(is_causal)
+    partial = value.new_empty(gpu_buffers.partial(config, batch, heads))
+    if config.columns == 1:
+        _in_shared_memory(instance, phi_q, phi_k, value, weights, partial)
+    else:
+        _by_columns_and_rows(instance, phi_q, phi_k, value, weights, partial)
+    functions["normalise"](partial, _tables(config, value.device), out)
+
+
+Weights = tuple[Tensor, Tensor, int, int, int]  # rpe_bias, its largest entry of each head, n_q, n_k, whether causal
+
+
+def _in_shared_memory(
+    instance: GpuInstance, phi_q: Tensor, phi_k: Tensor, value: Tensor, weights: Weights, partial: Tensor
+) -> None:
+    config, functions, tables = instance.config, instance.functions, _tables(instance.config, value.device)
+    spectrum = value.new_empty(gpu_buffers.spectrum(config, phi_q.shape[1]))
+    functions["spectrum"](*weights, tables, spectrum)
+    by_first_radix = torch.unflatten(partial, 4, (config.radices[0], -1))
+    functions["attention"](phi_q, phi_k, value, spectrum, tables, by_first_radix)
+
+
+def _by_columns_and_rows(
+    instance: GpuInstance, phi_q: Tensor, phi_k: Tensor, value: Tensor, weights: Weights, partial: Tensor
+) -> None:
+    config, functions, tables = instance.config, instance.functions, _tables(instance.config, value.device)
+    batch, heads = phi_q.shape[:2]
+    first_radix = (config.radices[0], -1)
+    columns = value.new_empty(gpu_buffers.spectrum_columns(config, heads))
+    spectrum = value.new_empty(gpu_buffers.spectrum(config, heads))
+    functions["spectrum_columns"](*weights, tables, columns)
+    functions["spectrum_rows"](torch.unflatten(columns, 3, first_radix), tables, spectrum)
+
+    at_once = gpu_buffers.pairs_at_once(config)
+    transformed, product = (value.new_empty(gpu_buffers.between(config, at_once)) for _ in range(2))
+    for b, h, first in itertools.product(range(batch), range(heads), range(0, config.pairs, at_once)):
+        sums = torch.unflatten(partial[b, h, first : first + at_once], 2, (config.columns, config.row))
+        there, back = transformed[: len(sums)], product[: len(sums)]
+        functions["columns"](phi_k[b, h], value[b, h], tables, first, there)
+        functions["rows"](
+            torch.unflatten(there, 4, first_radix), spectrum[h], tables, torch.unflatten(back, 4, first_radix)
+        )
+        functions["back_columns"](back, phi_q[b, h], tables, sums)
 
 
 def _pack(instance: GpuInstance, phi: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def get_gpu_operator(gpu_index: int, n: int, num_features: int, head_dim: int, d
             wrap=None,
             target=gpus()[gpu_index].arch,
         ),
-        bucket_length(n),
+        gpu.gpu_bucket(n),
     )
 
 

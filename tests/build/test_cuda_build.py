@@ -243,9 +243,18 @@ def test_damaged_device_code() -> None:
 
 def test_an_unknown_packing_is_refused(target: GpuTargetSpec) -> None:
     code = device_code.generate(toy_gpu.module("scale"), targets.to_tvm(target), "toy")
-    other = device_code.DeviceCode(code.host, code.source + " ", code.shared_bytes)
+    other = device_code.generate(toy_gpu.module("other"), targets.to_tvm(target), "toy")
+    code.host.import_module(other.host.imports[0])  # a second module, which no code of ours makes
     with pytest.raises(BuildError, match="form that this rpe_tvm does not know"):
-        device_code.blob(other, b"binary")
+        device_code.blob(code, b"binary")
+
+
+def test_blocks_on_a_multiprocessor_bound_registers(cache_dir: Path, target: GpuTargetSpec) -> None:
+    module = toy_gpu.module("scale")
+    function = module["scale"].with_attr(device_code.BLOCKS_ATTRIBUTE, 7)
+    code = device_code.generate(type(module)({"scale": function}), targets.to_tvm(target), "toy")
+    assert "__launch_bounds__(64, 7) scale_kernel(" in code.source
+    assert fatbin.contents(device_code.blob(code, nvcc.compile_fatbin(code.source, ["sm_90"])[0]))[0] == ["sm_90"]
 
 
 def test_exporting_packs_tvms_runtime(

@@ -150,12 +150,15 @@ def test_where_the_runtime_is_looked_for(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / tvm_runtime.PACKED).mkdir(exist_ok=True)
         (tmp_path / tvm_runtime.PACKED / name).touch()
     assert tvm_runtime.find(tmp_path, "0.99.1") == tmp_path / tvm_runtime.PACKED  # made by another version
-    monkeypatch.setattr(tvm_runtime, "installed", lambda: None)
-    assert tvm_runtime.find(tmp_path, version) == tmp_path / tvm_runtime.PACKED
     monkeypatch.setenv(tvm_runtime.VARIABLE, str(tmp_path))
+    assert tvm_runtime.find(tmp_path, version) == package  # a second copy would end a process that imports TVM later
+    monkeypatch.setattr(tvm_runtime, "installed", lambda: None)
     with pytest.raises(ArtefactError, match=rf"RPE_TVM_RUNTIME={tmp_path} .*: no libtvm_runtime.so and no libtvm_run"):
         tvm_runtime.find(tmp_path, version)
+    monkeypatch.setenv(tvm_runtime.VARIABLE, str(tmp_path / tvm_runtime.PACKED))
+    assert tvm_runtime.find(tmp_path / "empty", version) == tmp_path / tvm_runtime.PACKED
     monkeypatch.delenv(tvm_runtime.VARIABLE)
+    assert tvm_runtime.find(tmp_path, version) == tmp_path / tvm_runtime.PACKED
     with pytest.raises(ArtefactError, match="Compile with --out") as caught:
         tvm_runtime.find(tmp_path / "empty", version)
     assert [reason.split(":")[0].split(" (")[0] for reason in caught.value.reasons] == [
@@ -178,20 +181,28 @@ def test_libraries_that_the_runtime_lacks(
     assert hint in _reason(directory)
 
 
-def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "DRIVER", "no-such-library.so")
     gpu.gpus.cache_clear()
     with pytest.raises(GpuNotFoundError, match="driver's no-such-library.so cannot be loaded"):
         gpu.gpus()
-    library = fake_gpu.write_libraries(tmp_path, _package()) / "libcuda.so.1"
-    monkeypatch.setattr(gpu, "DRIVER", str(library))
-    monkeypatch.setenv("FAKE_GPU", "broken")
-    with pytest.raises(GpuNotFoundError, match="driver's cuInit failed with CUDA error 100"):
-        gpu.gpus()
-    monkeypatch.setenv("FAKE_GPU", "121:101376")
-    assert gpu.gpus() == (gpu.Gpu("Fake GPU", "sm_121", 101376),)
-    assert targets.preset("sm_121").shared_bytes == 101376
-    gpu.gpus.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("fake", "said"),
+    [
+        ("121:101376", "(Gpu(name='Fake GPU', arch='sm_121', shared_bytes=101376),) cuda-sm_121"),
+        ("broken", "No NVIDIA GPU: the driver's cuInit failed with CUDA error 100."),
+    ],
+)
+def test_what_the_driver_says(tmp_path: Path, run_python: Run, fake: str, said: str) -> None:
+    # in a process of its own: a library that is loaded stays
+    directory = fake_gpu.write_libraries(tmp_path, _package())
+    code = (
+        "from rpe_tvm import targets\nfrom rpe_tvm.errors import GpuNotFoundError\nfrom rpe_tvm.runtime import gpu\n"
+        "try: print(gpu.gpus(), targets.preset('cuda').id)\nexcept GpuNotFoundError as error: print(error)"
+    )
+    assert run_python(code, LD_LIBRARY_PATH=str(directory), FAKE_GPU=fake).stdout == f"{said}\n"
 
 
 def test_loads_without_tvm_up_to_the_launch(directory: Path, tmp_path: Path, run_python: Run) -> None:

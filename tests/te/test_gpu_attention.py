@@ -30,6 +30,37 @@ def generated(config: GpuAttentionConfig) -> str:
         return str(tvm.compile(lower(config).mod, target).mod.imports[0].inspect_source())
 
 
+def short(launch: Any, empty: Any, config: Any, phi_q: Any, phi_k: Any, value: Any, bias: Any, tables: Any, partial: Any) -> None:
+    batch, heads = phi_q.shape[:2]
+    spectrum = empty(heads, 2, config.radices[-1], config.length // config.radices[-1], 2)
+    launch("spectrum_kernel", (2, heads, 1), config.threads, **bias, tables=tables, spectrum=spectrum)
+    launch("attention_kernel", (2 * config.pairs, heads, batch), config.threads, phi_q=phi_q, phi_k=phi_k, value=value,
+           spectrum=spectrum, tables=tables, partial=partial)
+
+
+def long(launch: Any, empty: Any, config: Any, phi_q: Any, phi_k: Any, value: Any, bias: Any, tables: Any, partial: Any) -> None:
+    """The transforms of rows and columns, two pairs of channels of a head at a time."""
+    batch, heads, m = phi_q.shape[:3]
+    n1, n2, tiles = config.columns, config.row, config.row // min(config.row, 128)
+    threads = min(128, config.row)
+    spectra = empty(heads, 2, n1, n2, 2)
+    launch("spectrum_columns_kernel", (tiles, 2, heads), threads, **bias, tables=tables, transformed=spectra)
+    spectrum = empty(heads, 2, n1, n2, 2)
+    launch("spectrum_rows_kernel", (n1, 2, heads), config.threads, transformed=spectra, tables=tables, spectrum=spectrum)
+    for b in range(batch):
+        for h in range(heads):
+            for first in range(0, config.pairs, 2):
+                count = min(2, config.pairs - first)
+                transformed, product = empty(count, 2, m, n1, n2, 2), empty(count, 2, m, n1, n2, 2)
+                of_head = {"tables": tables, "count": count, "first": first}
+                launch("columns_kernel", (tiles, 2, count), threads, phi_k=phi_k[b, h], value=value[b, h],
+                       transformed=transformed, **of_head)
+                launch("rows_kernel", (m * n1, 2, count), config.threads, transformed=transformed, spectrum=spectrum[h],
+                       product=product, **of_head)
+                launch("back_columns_kernel", (tiles, 2, count), threads, product=product, phi_q=phi_q[b, h],
+                       partial=partial[b, h, first : first + count], **of_head)
+
+
 def run_attention(
     source: str,
     config: GpuAttentionConfig,
@@ -69,15 +100,23 @@ def run_attention(
     # its kernel reduces across threads with shuffles, which cannot run here: tests on a GPU cover it
     largest = (bias[:, :n_q] if is_causal else bias).max(-1)
     constants = tables(config)
-    spectrum = empty(heads, 2, config.radices[-1], length // config.radices[-1], 2)
-    launch("spectrum_kernel", (2, heads, 1), config.threads, rpe_bias=bias, largest=largest, tables=constants,
-           spectrum=spectrum)
     partial = empty(batch, heads, config.pairs, 2, length, 2)
-    launch("attention_kernel", (2 * config.pairs, heads, batch), config.threads, phi_q=phi_q, phi_k=phi_k, value=value,
-           spectrum=spectrum, tables=constants, partial=partial)
+    attend = short if config.columns == 1 else long
+    attend(launch, empty, config, phi_q, phi_k, value, {"rpe_bias": bias, "largest": largest}, constants, partial)
     out = empty(batch, heads, n_q, d)
     launch("normalise_kernel", (length // 32, heads, batch), 256, partial=partial, tables=constants, out=out)
     return out
+
+
+@pytest.mark.parametrize("config", [
+    GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8),
+    GpuAttentionConfig(1, 2, 2048, (16, 8), 32, columns=16),
+    GpuAttentionConfig(1, 2, 2048, (8, 8), 32, columns=32),
+    GpuAttentionConfig(1, 2, 1024, (16, 16), 32, columns=4),
+])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_columns_and_rows(tmp_path: Path, config: GpuAttentionConfig, is_causal: bool) -> None:
+    check(tmp_path, config, config.length - 3, config.length - 100, "nprf", is_causal)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +133,16 @@ def run_attention(
 def test_numbers(
     tmp_path: Path, n_q: int, n_k: int, m: int, d: int, feature_map: str, is_causal: bool
 ) -> None:
+    check(tmp_path, choose(max(n_q, n_k), m, d), n_q, n_k, feature_map, is_causal)
+
+
+def check(directory: Path, config: GpuAttentionConfig, n_q: int, n_k: int, feature_map: str, is_causal: bool) -> None:
+    m, d = config.num_features, config.head_dim
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape).astype(np.float32)
 
-    config = choose(max(n_q, n_k), m, d)
     inputs = {
         "query": normal(1, n_q, 2, d).transpose(0, 2, 1, 3),  # any strides but the last
         "key": normal(1, 2, n_k, d),
@@ -107,7 +150,7 @@ def test_numbers(
         "bias": normal(2, n_q + n_k - 1),
         "projection": normal(m, d),
     }
-    out = run_attention(generated(config), config, tmp_path, inputs, feature_map, is_causal)
+    out = run_attention(generated(config), config, directory, inputs, feature_map, is_causal)
     *_, expected = reference.attention(
         inputs["query"], inputs["key"], inputs["value"], inputs["bias"], inputs["projection"],
         feature_map=feature_map, is_causal=is_causal,

@@ -19,7 +19,7 @@ from rpe_tvm.plan import gpu, gpu_buffers
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu import Gpu
-from rpe_tvm.runtime.gpu_operator import FFT_FUNCTIONS
+from rpe_tvm.runtime.gpu_operator import function_names
 from rpe_tvm.torch import (
     NPRF,
     core,
@@ -32,24 +32,37 @@ from rpe_tvm.torch import (
 )
 
 B, H, D, M, P = 2, 3, 7, 4, 64
-CONFIG = GpuAttentionConfig(M, D, P, (8, 8), 32)
+SHORT = GpuAttentionConfig(M, D, P, (8, 8), 32)
+LONG = GpuAttentionConfig(M, D, P, (4, 4), 32, columns=4)
 MAPS = {"prf": reference.prf, "nprf": reference.nprf}
 
 
 class StandIn:
-    """The functions of `CONFIG` in NumPy: each reads only its arguments, and checks the shapes of its buffers."""
+    """The functions of a config in NumPy: each reads only its arguments, and checks the shapes of its buffers.
 
-    def __init__(self) -> None:
+    In the place of spectra are n_q and the weights themselves; sums of parity 1 are 0.
+    """
+
+    def __init__(self, config: GpuAttentionConfig) -> None:
+        self.config = config
         self.calls: list[str] = []
-        names = {"largest": self.largest, "spectrum": self.spectrum, "attention": self.attention}
-        functions: dict[str, Any] = {**names, "normalise": self.normalise}
-        for name in MAPS:
-            functions[f"features_{name}"] = lambda *arguments, name=name: self.features(name, *arguments)
-        assert set(functions) == set(FFT_FUNCTIONS)
-        self.instance = GpuInstance(CONFIG, functions)
+        functions = {name: self._logged(name) for name in function_names(config)}
+        self.instance = GpuInstance(config, functions)
 
-    def features(self, name: str, query: Any, key: Any, projection: Any, phi_q: Any, phi_k: Any) -> None:
-        self.calls.append(f"features_{name}")
+    def _logged(self, name: str) -> Any:
+        function = getattr(self, name.split("_")[0] if name.startswith("features") else name)
+
+        def call(*arguments: Any) -> None:
+            self.calls.append(name)
+            assert all(x.is_contiguous() for x in arguments[-1:] if name != "normalise" and isinstance(x, torch.Tensor))
+            function(*arguments, *([name.removeprefix("features_")] if name.startswith("features") else []))
+
+        return call
+
+    def _check_tables(self, tables: Any) -> None:
+        assert tables.dtype == torch.float32 and np.array_equal(tables.numpy(), gpu.tables(self.config))
+
+    def features(self, query: Any, key: Any, projection: Any, phi_q: Any, phi_k: Any, name: str) -> None:
         assert query.stride(3) == key.stride(3) == 1 and projection.is_contiguous()
         for x, phi in ((query, phi_q), (key, phi_k)):
             assert phi.shape == (*x.shape[:2], M, P) and phi.is_contiguous()
@@ -57,46 +70,89 @@ class StandIn:
             phi[..., : x.shape[2]] = torch.from_numpy(MAPS[name](x.double().numpy(), projection.double().numpy())).mT
 
     def largest(self, bias: Any, n_q: int, n_k: int, causal: int, largest: Any) -> None:
-        self.calls.append("largest")
         assert bias.shape == (H, n_q + n_k - 1) and bias.is_contiguous() and largest.shape == (H,)
         largest[:] = bias[:, : n_q if causal else None].amax(1)
 
-    def spectrum(self, bias: Any, largest: Any, n_q: int, n_k: int, causal: int, tables: Any, spectrum: Any) -> None:
-        self.calls.append("spectrum")
-        assert spectrum.shape == (H, 2, 8, 8, 2) and spectrum.is_contiguous()
-        assert tables.dtype == torch.float32 and np.array_equal(tables.numpy(), gpu.tables(CONFIG))
+    def _weights(self, bias: Any, largest: Any, n_q: int, n_k: int, causal: int, tables: Any, spectrum: Any) -> None:
+        self._check_tables(tables)
         weights = torch.exp(bias - largest[:, None])
         if causal:
             weights[:, n_q:] = 0
         flat = spectrum.view(H, 4 * P)
         flat.zero_()
-        flat[:, 0], flat[:, 1 : n_q + n_k] = n_q, weights  # in place of a transform, the weights themselves
+        flat[:, 0], flat[:, 1 : n_q + n_k] = n_q, weights
+
+    def _matrix(self, spectrum: Any, n_k: int) -> Any:
+        flat = spectrum.reshape(-1, 4 * P)
+        n_q = int(flat[0, 0])
+        matrix = reference.toeplitz_matrix(flat[:, 1 : n_q + n_k].double().numpy(), n_q, n_k)
+        return torch.from_numpy(np.array(matrix)).float()
+
+    def spectrum(self, *arguments: Any) -> None:
+        assert arguments[-1].shape == (H, 2, 8, 8, 2)
+        self._weights(*arguments)
 
     def attention(self, phi_q: Any, phi_k: Any, value: Any, spectrum: Any, tables: Any, partial: Any) -> None:
-        self.calls.append("attention")
-        n_k, n_q = value.shape[2], int(spectrum.flatten()[0])
-        assert value.stride(3) == 1 and partial.is_contiguous()
+        self._check_tables(tables)
+        n_k = value.shape[2]
+        assert value.stride(3) == 1
         assert partial.shape == (*value.shape[:2], D // 2 + 1, 2, 8, 8, 2)
-        weights = spectrum.view(H, 4 * P)[:, 1 : n_q + n_k]
-        matrix = reference.toeplitz_matrix(weights.double().numpy(), n_q, n_k)
-        scores = (phi_q.mT[:, :, :n_q] @ phi_k[..., :n_k]) * torch.from_numpy(np.array(matrix)).float()
-        sums = scores @ torch.cat([value, torch.ones(*value.shape[:3], 1)], -1)
+        matrix = self._matrix(spectrum, n_k)
+        n_q = matrix.shape[1]
+        sums = (phi_q.mT[:, :, :n_q] @ phi_k[..., :n_k] * matrix) @ torch.cat(
+            [value, torch.ones(*value.shape[:3], 1)], -1
+        )
         halves = torch.zeros(*value.shape[:2], P, 2 * (D // 2 + 1))
         halves[:, :, :n_q, : D + 1] = sums
         partial[:, :, :, 0] = halves.view(*value.shape[:2], 8, 8, -1, 2).permute(0, 1, 4, 2, 3, 5)
         partial[:, :, :, 1] = 0.0
 
+    def spectrum_columns(self, *arguments: Any) -> None:
+        assert arguments[-1].shape == (H, 2, 4, 16, 2)
+        self._weights(*arguments)
+
+    def spectrum_rows(self, transformed: Any, tables: Any, spectrum: Any) -> None:
+        self._check_tables(tables)
+        assert transformed.shape == spectrum.shape == (H, 2, 4, 4, 4, 2) and transformed.is_contiguous()
+        spectrum.copy_(transformed)
+
+    def columns(self, phi_k: Any, value: Any, tables: Any, first: int, transformed: Any) -> None:
+        self._check_tables(tables)
+        n_k = value.shape[0]
+        assert phi_k.shape == (M, P) and value.stride(1) == 1 and transformed.shape[1:] == (2, M, 4, 16, 2)
+        packed = torch.zeros(P, 2 * (D // 2 + 1))
+        packed[:n_k] = torch.cat([value, torch.ones(n_k, 1)], 1)
+        pairs = packed.view(P, -1, 2)[:, first : first + len(transformed)]
+        transformed[:, 0] = (phi_k.T[:, :, None, None] * pairs[:, None]).permute(2, 1, 0, 3).unflatten(2, (4, 16))
+        transformed[:, 1] = n_k
+
+    def rows(self, transformed: Any, spectrum: Any, tables: Any, product: Any) -> None:
+        self._check_tables(tables)
+        assert transformed.shape == product.shape == (len(product), 2, M, 4, 4, 4, 2) and transformed.is_contiguous()
+        matrix = self._matrix(spectrum, int(transformed[0, 1].flatten()[0]))[0]
+        x = transformed[:, 0].flatten(2, 4)[:, :, : matrix.shape[1]]
+        product.zero_()
+        product.flatten(3, 5)[:, 0, :, : len(matrix)] = torch.einsum("ij,ufjc->ufic", matrix, x)
+
+    def back_columns(self, product: Any, phi_q: Any, tables: Any, partial: Any) -> None:
+        self._check_tables(tables)
+        assert product.shape[1:] == (2, M, 4, 16, 2) and partial.shape == (len(product), 2, 4, 16, 2)
+        partial.copy_((product * phi_q.view(M, 4, 16, 1)).sum(2))
+
     def normalise(self, partial: Any, tables: Any, out: Any) -> None:
-        self.calls.append("normalise")
-        assert out.stride(3) == 1
+        self._check_tables(tables)
+        assert out.stride(3) == 1 and partial.is_contiguous()
         batch, heads, n_q, _ = out.shape
-        halves = partial.sum(3).permute(0, 1, 3, 4, 2, 5).reshape(batch, heads, P, -1)[:, :, :n_q]
+        assert partial.shape == (batch, heads, D // 2 + 1, 2, P, 2)
+        halves = partial.sum(3).permute(0, 1, 3, 2, 4).reshape(batch, heads, P, -1)[:, :, :n_q]
         out.copy_(halves[..., :D] / halves[..., D : D + 1])
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    made = StandIn()
+@pytest.fixture(params=[SHORT, LONG], ids=["short", "long"])
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    made = StandIn(request.param)
+    # two pairs of channels at once
+    monkeypatch.setattr(gpu_buffers, "_ARRAY_FLOATS", 2 * 2 * M * P * 2)
     for module in (operators, core):
         monkeypatch.setattr(module, "get_gpu_operator", lambda index, n, m, d: made.instance)
     # Fresh memory holds NaN.
@@ -112,6 +168,13 @@ def _inputs(n_q: int, n_k: int) -> list[torch.Tensor]:
     return [query, key, value, torch.randn(H, n_q + n_k - 1, generator=g), gaussian_projection(M, D, seed=0)]
 
 
+def _calls(stand_in: StandIn) -> list[str]:
+    if stand_in.config is SHORT:
+        return ["largest", "spectrum", "attention", "normalise"]
+    turns = B * H * 2  # four pairs of channels, two at once
+    return ["largest", "spectrum_columns", "spectrum_rows", *["columns", "rows", "back_columns"] * turns, "normalise"]
+
+
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("n_q", "n_k"), [(64, 64), (5, 60), (60, 5), (1, 1)])
@@ -120,7 +183,7 @@ def test_the_sequence_of_functions(stand_in: StandIn, n_q: int, n_k: int, is_cau
     out = operators._kernelized_attention_cuda(*inputs, name, is_causal)
     want = reference.attention(*(x.numpy() for x in inputs), feature_map=name, is_causal=is_causal)[2]
     np.testing.assert_allclose(out.numpy(), want, rtol=1e-4, atol=1e-5)
-    assert stand_in.calls == [f"features_{name}", "largest", "spectrum", "attention", "normalise"]
+    assert stand_in.calls == [f"features_{name}", *_calls(stand_in)]
     assert out.transpose(1, 2).is_contiguous()  # as query
 
 
@@ -133,7 +196,7 @@ def test_on_features_of_ones_own(stand_in: StandIn, reference_operator: Any, is_
     want, want_none = core._forward(phi_q, phi_k, value, bias, is_causal)
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(sees_none, want_none) and bool(sees_none.any()) == is_causal
-    assert stand_in.calls == ["largest", "spectrum", "attention", "normalise"]
+    assert stand_in.calls == _calls(stand_in)
 
 
 def test_empty_inputs_call_nothing(stand_in: StandIn) -> None:
@@ -147,11 +210,16 @@ def test_empty_inputs_call_nothing(stand_in: StandIn) -> None:
 
 
 def test_shapes_of_the_buffers() -> None:
-    config = GpuAttentionConfig(32, 65, 1536, (12, 16, 8), 96)
-    assert gpu_buffers.features(config, 2, 3) == (2, 3, 32, 1536)
-    assert gpu_buffers.largest(config, 3) == (3,)
-    assert gpu_buffers.spectrum(config, 3) == (3, 2, 8, 192, 2)
-    assert gpu_buffers.partial(config, 2, 3) == (2, 3, 33, 2, 12, 128, 2)
+    short = gpu.choose(4096, 32, 64)
+    assert gpu_buffers.features(short, 2, 3) == (2, 3, 32, 4096)
+    assert gpu_buffers.spectrum(short, 3) == (3, 2, 16, 256, 2)
+    assert gpu_buffers.partial(short, 2, 3) == (2, 3, 33, 2, 4096, 2)
+    long = GpuAttentionConfig(32, 65, 16384, (16, 16, 8), 128, columns=8)
+    assert gpu_buffers.spectrum(long, 3) == (3, 2, 8, 8, 256, 2)
+    assert gpu_buffers.spectrum_columns(long, 3) == (3, 2, 8, 2048, 2)
+    assert gpu_buffers.between(long, 5) == (5, 2, 32, 8, 2048, 2)
+    assert gpu_buffers.pairs_at_once(long) == 2
+    assert gpu_buffers.pairs_at_once(gpu.choose(gpu.LONGEST, 64, 64)) == 1
 
 
 @pytest.mark.parametrize("name", ["kernelized_attention", "toeplitz_attention"])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rpe_tvm import (
     bench_cuda_clock,
     bench_cuda_machine,
+    bench_cuda_reference,
     bench_output,
     bench_peers,
     bench_problem,
@@ -201,13 +202,13 @@ def _measure(
     rows = bench_turns.sample_rows(n)
 
     show(f"{place}: checking rpe_tvm (the first call may compile)")
-    expected = bench_problem.expected_rows(rows, inputs, is_causal)
+    expected = bench_cuda_reference.attention_rows(rows, inputs, is_causal)
     operator = bench_problem.operator_call(inputs, is_causal)
     error = bench_turns.relative_error(operator(), rows, expected)
     calls: dict[str, Call] = {OPERATOR: operator}
     checked = {OPERATOR: _Checked(error, bench_cuda_clock.probe(operator))}
 
-    softmax = {with_bias: bench_problem.softmax_rows(rows, inputs, is_causal, with_bias) for with_bias in (False, True)}
+    softmax = {biased: bench_cuda_reference.softmax_rows(rows, inputs, is_causal, biased) for biased in (False, True)}
     peers, skipped = bench_peers.gpu_peer_calls(inputs, is_causal, bench_cuda_clock.free_bytes())
     for name, call in peers.items():
         show(f"{place}: checking {GPU_PEERS[name]}")
@@ -377,6 +378,8 @@ def main(args: argparse.Namespace, describe: Describe | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 1
 
+    import torch
+
     settings = bench_output.attention_settings(args)
     gpu, setting = bench_cuda_machine.gpu_name(), bench_output.setting_of(args, threads=None)
     print(f"{gpu}; {setting}\n\n{table_header()}", flush=True)
@@ -403,7 +406,7 @@ def main(args: argparse.Namespace, describe: Describe | None = None) -> int:
             on_row=on_row,
             show=lambda text: print(text, file=sys.stderr, flush=True),
         )
-    except RpeTvmError as error:
+    except (RpeTvmError, ValueError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for note in notes(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -131,9 +132,9 @@ def attempt(call: Callable[[], T]) -> T | Failure:
     try:
         return call()
     except Exception as error:  # what compilers and drivers raise has no class in common
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0][:300]}"
-    torch.cuda.empty_cache()  # here the error, whose frames hold tensors, is gone
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    gc.collect()  # here the error, whose frames hold tensors, is gone
+    torch.cuda.empty_cache()
     return Failure(reason)
 
 

@@ -10,7 +10,15 @@ import types
 import numpy as np
 import pytest
 
-from rpe_tvm import bench_cuda, bench_cuda_clock, bench_cuda_machine, bench_peers, bench_problem, bench_turns
+from rpe_tvm import (
+    bench_cuda,
+    bench_cuda_clock,
+    bench_cuda_machine,
+    bench_cuda_reference,
+    bench_peers,
+    bench_problem,
+    bench_turns,
+)
 from rpe_tvm.bench_cuda_clock import Failure, Probe
 from rpe_tvm.bench_peers import GPU_PEERS
 from rpe_tvm.cli import main
@@ -129,7 +137,7 @@ def uncompiled(function, compile_=torch.compile, **options):
 
 
 def no_cudnn():
-    raise RuntimeError("No available kernel.\nAborting execution.")
+    raise RuntimeError("No available\nkernel.")
 
 
 # ------------------------------------------------------------------------------------------------ clock
@@ -165,7 +173,7 @@ def test_a_contestant_that_fails_takes_no_more_turns(clock):
     turns = bench_cuda_clock.take_turns(calls, dict.fromkeys(calls, 1.0), seconds=0.0)
     assert turns.failures == {"broken": "RuntimeError: No available kernel."}
     assert turns.times == {"first": [1.0] * 3, "broken": [], "last": [1.0] * 3}
-    with pytest.raises(RuntimeError, match="No available kernel"):
+    with pytest.raises(RuntimeError, match="No available"):
         bench_cuda_clock.take_turns({"first": no_cudnn}, {"first": 1.0}, seconds=0.0)
 
 
@@ -218,6 +226,19 @@ def test_peers_compute_in_their_own_dtype(dtype, monkeypatch):
         assert bench_turns.relative_error(out, rows, expected) < limit
     _, skipped = bench_peers.gpu_peer_calls(inputs, False, 1000)
     assert set(skipped) == {"torch_fft", "sdpa_bias", "sdpa_bias_cudnn"}
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 63, 300])
+def test_rows_in_torch_are_those_of_the_reference(n, is_causal):
+    inputs = bench_problem.make_inputs(n, 2, 5, 7)
+    rows = bench_turns.sample_rows(n)
+    got = bench_cuda_reference.attention_rows(rows, inputs, is_causal)
+    np.testing.assert_allclose(got, bench_problem.expected_rows(rows, inputs, is_causal), rtol=1e-10, atol=1e-12)
+    for with_bias in (False, True):
+        got = bench_cuda_reference.softmax_rows(rows, inputs, is_causal, with_bias)
+        expected = bench_problem.softmax_rows(rows, inputs, is_causal, with_bias)
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ run
@@ -345,6 +366,16 @@ def test_a_run_that_ends_early_leaves_its_rows(gpu, capsys, tmp_path):
     assert main([*COMMAND, "--dtypes", "float32", "--json", str(tmp_path / "out.json")]) == 1
     assert "Wrong result of rpe_tvm at n=33" in capsys.readouterr().err
     assert [row["n"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == [16]
+
+
+@pytest.mark.parametrize("error", [ValueError("too long"), torch.OutOfMemoryError("too large")])
+def test_what_the_operator_cannot_do_ends_the_run_with_a_message(gpu, error, capsys):
+    def refuse(out, call):
+        raise error
+
+    gpu.spoil = refuse
+    assert main(COMMAND) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {error}"
 
 
 def test_a_call_that_cannot_be_captured_says_so(gpu, monkeypatch):

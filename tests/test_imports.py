@@ -36,9 +36,10 @@ BELOW = {
     "bench": {"errors", "bench_turns", "bench_machine", "bench_output", "bench_problem", "bench_peers"},
     "bench_cuda_clock": {"bench_turns"},
     "bench_cuda_machine": {"bench_machine"},
+    "bench_cuda_reference": {"bench_problem"},
     "bench_cuda": {
         *("errors", "bench_turns", "bench_output", "bench_problem", "bench_peers"),
-        *("bench_cuda_clock", "bench_cuda_machine"),
+        *("bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
     },
     "bench_toeplitz": {"errors", "bench_turns", "bench_machine", "bench_output"},
     "bench_train_steps": set(),
@@ -66,7 +67,7 @@ ON_DEMAND = {
 }
 BENCHMARKS = {
     *("bench", "bench_problem", "bench_peers", "bench_toeplitz", "bench_turns"),
-    *("bench_cuda", "bench_cuda_clock", "bench_cuda_machine"),
+    *("bench_cuda", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
     *("bench_train", "bench_train_steps", "bench_train_reference", "bench_train_memory"),
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.

@@ -37,9 +37,10 @@ BELOW = {
     "bench_cuda_clock": {"bench_turns"},
     "bench_cuda_machine": {"bench_machine"},
     "bench_cuda_reference": {"bench_problem"},
+    "bench_cuda_rows": {"bench_output", "bench_peers"},
     "bench_cuda": {
         *("errors", "bench_turns", "bench_output", "bench_problem", "bench_peers"),
-        *("bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
+        *("bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference", "bench_cuda_rows"),
     },
     "bench_toeplitz": {"errors", "bench_turns", "bench_machine", "bench_output"},
     "bench_train_steps": set(),

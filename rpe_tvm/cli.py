@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         help="x86 for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, ...; cuda for this "
         "machine's GPU (sm_90 if there is none), or sm_80, sm_90, ... (default: %(default)s)",
     )
+    compiling.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of query, key and value on a GPU; others than float32 run on tensor cores (default: %(default)s)",
+    )
     compiling.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     compiling.set_defaults(run=_compile, error=compiling.error)
 
@@ -162,14 +168,14 @@ def _compile(args: argparse.Namespace) -> int:
     from rpe_tvm import build, targets
     from rpe_tvm.build import manifest
     from rpe_tvm.gpu_targets import GpuTargetSpec
-    from rpe_tvm.plan import backward, gpu, toeplitz, wisdom
+    from rpe_tvm.plan import backward, gpu_choice, toeplitz, wisdom
 
     target = targets.preset(args.target)
 
     def choose(n: int) -> Any:
         if isinstance(target, GpuTargetSpec):
             try:
-                return gpu.choose(n, args.features, args.head_dim)
+                return gpu_choice.choose(n, args.features, args.head_dim, args.dtype)
             except ValueError as error:
                 raise BuildError(str(error)) from error
         if args.op == "toeplitz":
@@ -182,6 +188,8 @@ def _compile(args: argparse.Namespace) -> int:
         args.error(
             f"argument --target: expected a CPU for --op {args.op}, which GPUs do not have yet, got {args.target}"
         )
+    if args.dtype != "float32" and not isinstance(target, GpuTargetSpec):
+        args.error(f"argument --dtype: expected float32 for a CPU, which computes in that, got {args.dtype}")
     configs = [choose(n) for n in args.lengths]
     for config in sorted(set(configs), key=lambda each: each.length):
         start = time.perf_counter()

@@ -154,7 +154,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     # two pairs of channels at once
     monkeypatch.setattr(gpu_buffers, "_ARRAY_FLOATS", 2 * 2 * M * P * 2)
     for module in (operators, core):
-        monkeypatch.setattr(module, "get_gpu_operator", lambda index, n, m, d: made.instance)
+        monkeypatch.setattr(module, "get_gpu_operator", lambda index, n, m, d, dtype="float32": made.instance)
     # Fresh memory holds NaN.
     torch.use_deterministic_algorithms(True)
     yield made
@@ -335,5 +335,7 @@ def test_without_tvm_the_error_names_the_target(machine: Any, monkeypatch: pytes
 
     monkeypatch.delattr("rpe_tvm.build")
     monkeypatch.setitem(sys.modules, "rpe_tvm.build", None)
-    with pytest.raises(ArtefactError, match=r"--features 32 --head-dim 64 --target cuda --lengths 128 --out DIR"):
+    with pytest.raises(
+        ArtefactError, match=r"--features 32 --head-dim 64 --target cuda --dtype float32 --lengths 128 --out DIR"
+    ):
         dispatch.get_gpu_operator(0, 100, 32, 64)

@@ -235,10 +235,12 @@ def _describe(args: argparse.Namespace, n: int) -> str:
 
 
 def _describe_gpu(args: argparse.Namespace, n: int, dtype: str) -> str:
+    from rpe_tvm.plan import gpu_choice
     from rpe_tvm.torch import dispatch
 
-    # Other dtypes are converted: the kernel is that of float32.
-    return dispatch.get_gpu_operator(0, n, args.features, args.head_dim).config.description
+    size = n, args.features, args.head_dim
+    kernel = dtype if gpu_choice.is_direct(*size, dtype) else "float32"  # what has no kernel is converted
+    return dispatch.get_gpu_operator(0, *size, kernel).config.description
 
 
 def _describe_training(args: argparse.Namespace, n: int) -> str:

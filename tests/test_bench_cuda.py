@@ -15,6 +15,7 @@ from rpe_tvm import (
     bench_cuda_clock,
     bench_cuda_machine,
     bench_cuda_reference,
+    bench_cuda_rows,
     bench_peers,
     bench_problem,
     bench_turns,
@@ -287,7 +288,7 @@ def test_a_wrong_result_has_no_speed(gpu, spoil, dtype, capsys, tmp_path):
     gpu.calls = 0
     assert main([*COMMAND, "--dtypes", dtype, "--json", str(tmp_path / "out.json")]) == 1
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[2:] == bench_cuda.table_header().splitlines()  # no row
+    assert printed.out.splitlines()[2:] == bench_cuda_rows.table_header().splitlines()  # no row
     assert f"error: Wrong result of rpe_tvm at n=16, {dtype}" in printed.err
     assert not list(tmp_path.iterdir())
 
@@ -334,7 +335,7 @@ def test_command_writes_table_json_and_plot(gpu, capsys, tmp_path):
     assert main([*COMMAND, "--json", str(json_file), "--plot", str(plot_file), "--causal"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Fake GPU; float32, bfloat16, 2 heads, m=4, d=8, causal"
-    assert lines[2:4] == bench_cuda.table_header().splitlines()
+    assert lines[2:4] == bench_cuda_rows.table_header().splitlines()
     headings, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[2], *lines[4:8]))
     assert {len(line) for line in cells} == {len(headings)}
     assert [line[:3] for line in cells] == [
@@ -382,7 +383,9 @@ def test_a_call_that_cannot_be_captured_says_so(gpu, monkeypatch):
     monkeypatch.setattr(bench_cuda_clock, "graph_seconds", lambda call: no_cudnn())
     row = bench_cuda.run([20], ["float32"], **SMALL)[0]
     assert row.operator.graph_ms is None and row.operator.ms > 0
-    assert "n=20, float32: rpe_tvm not in a CUDA graph: RuntimeError: No available kernel." in bench_cuda.notes([row])
+    assert "n=20, float32: rpe_tvm not in a CUDA graph: RuntimeError: No available kernel." in bench_cuda_rows.notes(
+        [row]
+    )
     monkeypatch.setattr(bench_cuda, "LONGEST_GRAPH", 10)
     row = bench_cuda.run([20], ["float32"], **SMALL)[0]
     assert row.operator.graph_ms is None and row.operator.graph_skipped is None

@@ -40,7 +40,7 @@ def table_line(headings: Sequence[str], cells: Sequence[str]) -> str:
 
 
 def _widths(headings: Sequence[str]) -> list[int]:
-    wide = {"algorithm": 16, "algorithms": 28}
+    wide = {"algorithm": 16, "algorithms": 28, "dtype": 8}
     return [wide.get(heading, max(len(heading), 7)) for heading in headings]
 
 

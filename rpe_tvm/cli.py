@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import __version__, bench, bench_toeplitz, bench_train
+from rpe_tvm import __version__, bench, bench_cuda, bench_toeplitz, bench_train
 from rpe_tvm.errors import BuildError, RpeTvmError
 
 
@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TARGET",
         help="x86 for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, ...; cuda for this "
         "machine's GPU (sm_90 if there is none), or sm_80, sm_90, ... (default: %(default)s)",
+    )
+    compiling.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of query, key and value on a GPU; others than float32 run on tensor cores (default: %(default)s)",
     )
     compiling.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     compiling.set_defaults(run=_compile, error=compiling.error)
@@ -162,14 +168,14 @@ def _compile(args: argparse.Namespace) -> int:
     from rpe_tvm import build, targets
     from rpe_tvm.build import manifest
     from rpe_tvm.gpu_targets import GpuTargetSpec
-    from rpe_tvm.plan import backward, gpu, toeplitz, wisdom
+    from rpe_tvm.plan import backward, gpu_choice, toeplitz, wisdom
 
     target = targets.preset(args.target)
 
     def choose(n: int) -> Any:
         if isinstance(target, GpuTargetSpec):
             try:
-                return gpu.choose(n, args.features, args.head_dim)
+                return gpu_choice.choose(n, args.features, args.head_dim, args.dtype)
             except ValueError as error:
                 raise BuildError(str(error)) from error
         if args.op == "toeplitz":
@@ -182,6 +188,8 @@ def _compile(args: argparse.Namespace) -> int:
         args.error(
             f"argument --target: expected a CPU for --op {args.op}, which GPUs do not have yet, got {args.target}"
         )
+    if args.dtype != "float32" and not isinstance(target, GpuTargetSpec):
+        args.error(f"argument --dtype: expected float32 for a CPU, which computes in that, got {args.dtype}")
     configs = [choose(n) for n in args.lengths]
     for config in sorted(set(configs), key=lambda each: each.length):
         start = time.perf_counter()
@@ -196,6 +204,19 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.target != "cuda" and args.dtypes not in (None, ("float32",)):
+        args.error(f"argument --dtypes: expected --target cuda for {','.join(args.dtypes)}, got --target {args.target}")
+    bench.fill_in(args)
+    if args.target == "cuda":
+        if args.op != "attention" or args.mode != "forward":
+            args.error(
+                "argument --target: expected x86 for --op toeplitz and --mode train, which GPUs do not have yet, got "
+                "cuda"
+            )
+        for option, value in (("--threads", args.threads), ("--memory-lengths", args.memory_lengths)):
+            if value is not None:
+                args.error(f"argument {option}: expected --target x86, got --target cuda; leave one of them out")
+        return bench_cuda.main(args, functools.partial(_describe_gpu, args))
     if args.mode != "train" and args.memory_lengths is not None:
         args.error("argument --memory-lengths: expected --mode train, which measures memory, got --mode forward")
     if args.op == "toeplitz":
@@ -211,6 +232,15 @@ def _describe(args: argparse.Namespace, n: int) -> str:
     from rpe_tvm import torch
 
     return torch.describe(n, args.features, args.head_dim)
+
+
+def _describe_gpu(args: argparse.Namespace, n: int, dtype: str) -> str:
+    from rpe_tvm.plan import gpu_choice
+    from rpe_tvm.torch import dispatch
+
+    size = n, args.features, args.head_dim
+    kernel = dtype if gpu_choice.is_direct(*size, dtype) else "float32"  # what has no kernel is converted
+    return dispatch.get_gpu_operator(0, *size, kernel).config.description
 
 
 def _describe_training(args: argparse.Namespace, n: int) -> str:

@@ -31,7 +31,17 @@ BELOW = {
     "bench_turns": {"errors"},
     "bench_machine": set(),
     "bench_output": {"bench_machine"},
-    "bench": {"errors", "reference", "bench_turns", "bench_machine", "bench_output"},
+    "bench_problem": {"reference"},
+    "bench_peers": {"bench_machine", "bench_problem"},
+    "bench": {"errors", "bench_turns", "bench_machine", "bench_output", "bench_problem", "bench_peers"},
+    "bench_cuda_clock": {"bench_turns"},
+    "bench_cuda_machine": {"bench_machine"},
+    "bench_cuda_reference": {"bench_problem"},
+    "bench_cuda_rows": {"bench_output", "bench_peers"},
+    "bench_cuda": {
+        *("errors", "bench_turns", "bench_output", "bench_problem", "bench_peers"),
+        *("bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference", "bench_cuda_rows"),
+    },
     "bench_toeplitz": {"errors", "bench_turns", "bench_machine", "bench_output"},
     "bench_train_steps": set(),
     "bench_train_reference": {"errors", "reference", "bench_machine", "bench_train_steps"},
@@ -40,7 +50,7 @@ BELOW = {
         *("errors", "bench_turns", "bench_machine", "bench_output"),
         *("bench_train_steps", "bench_train_reference", "bench_train_memory"),
     },
-    "cli": {"errors", "bench", "bench_toeplitz", "bench_train"},
+    "cli": {"errors", "bench", "bench_cuda", "bench_toeplitz", "bench_train"},
     "__main__": {"cli"},
 }
 # Layer -> what a function may import besides, when it runs: compiling on demand, and the commands of the
@@ -49,14 +59,16 @@ ON_DEMAND = {
     "gpu_targets": {"runtime"},
     "targets": {"runtime"},
     "torch": {"build", "targets"},
-    "bench": {"peers", "torch"},
+    "bench_problem": {"torch"},
+    "bench_peers": {"peers"},
     "bench_toeplitz": {"peers", "torch"},
     "bench_train_steps": {"peers", "torch"},
     "bench_train_reference": {"peers"},
     "cli": {"build", "gpu_targets", "plan", "runtime", "targets", "torch", "tune"},
 }
 BENCHMARKS = {
-    *("bench", "bench_toeplitz", "bench_turns"),
+    *("bench", "bench_problem", "bench_peers", "bench_toeplitz", "bench_turns"),
+    *("bench_cuda", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
     *("bench_train", "bench_train_steps", "bench_train_reference", "bench_train_memory"),
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.

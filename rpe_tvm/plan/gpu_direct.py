@@ -179,12 +179,12 @@ def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCore
         If the sums of 16 queries do not fit into a thread's registers.
     """
     for row_blocks in (2, 1):
-        # accumulators and phi_q of a lane
-        if row_blocks * (head_dim // 2 + num_features // 4) <= 160:
+        # sums, phi_q, scores and weighted scores of a lane
+        if row_blocks * (head_dim // 2 + num_features // 4 + 12) <= 175:
             break
     else:
         raise ValueError(
-            f"Too large for registers: expected head_dim / 2 + num_features / 4 <= 160, got head_dim {head_dim} and "
+            f"Too large for registers: expected head_dim / 2 + num_features / 4 <= 163, got head_dim {head_dim} and "
             f"num_features {num_features}; use the fft algorithm."
         )
     # few queries: warps share the keys, so that there is work for all multiprocessors

@@ -16,23 +16,22 @@ from rpe_tvm import __version__
 from rpe_tvm.errors import ArtefactError, GpuNotFoundError
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.runtime import toeplitz, tvm_runtime
 from rpe_tvm.runtime.cpu import cpu_flags
 from rpe_tvm.runtime.gpu import gpus
-from rpe_tvm.runtime.gpu_operator import GpuInstance, function_names
+from rpe_tvm.runtime.gpu_operator import GpuInstance, config_from_json, function_names
 from rpe_tvm.runtime.operator import BACKWARD_FUNCTIONS, FUNCTIONS, Attention, Functions, Instance
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-# Operator and TVM's kind of target -> its config, and the functions of one.
-_OPERATORS: dict[tuple[str, str], tuple[Any, Callable[[Any], tuple[str, ...]]]] = {
-    ("attention", "llvm"): (AttentionConfig, lambda config: FUNCTIONS),
-    ("backward", "llvm"): (BackwardConfig, lambda config: BACKWARD_FUNCTIONS),
-    ("toeplitz", "llvm"): (ToeplitzConfig, lambda config: toeplitz.FUNCTIONS),
-    ("attention", "cuda"): (GpuAttentionConfig, function_names),
+# Operator and TVM's kind of target -> how its config is read, and the functions of one.
+_OPERATORS: dict[tuple[str, str], tuple[Callable[[dict[str, Any]], Any], Callable[[Any], tuple[str, ...]]]] = {
+    ("attention", "llvm"): (AttentionConfig.from_json, lambda config: FUNCTIONS),
+    ("backward", "llvm"): (BackwardConfig.from_json, lambda config: BACKWARD_FUNCTIONS),
+    ("toeplitz", "llvm"): (ToeplitzConfig.from_json, lambda config: toeplitz.FUNCTIONS),
+    ("attention", "cuda"): (config_from_json, function_names),
 }
 
 
@@ -198,7 +197,7 @@ def _check(directory: Path, wanted: _Wanted) -> _Candidate | None:
         raise _Unfit(f"operator {op!r} for {kind}, this rpe_tvm {__version__} knows {known}")
     if (op, kind) != (wanted.op, wanted.kind):
         return None
-    config_class, names_of = _OPERATORS[op, kind]
+    read_config, names_of = _OPERATORS[op, kind]
     try:
         library = directory / Path(str(fields["library"]["file"])).name
         sha256 = str(fields["library"]["sha256"])
@@ -217,7 +216,7 @@ def _check(directory: Path, wanted: _Wanted) -> _Candidate | None:
     except (KeyError, TypeError, ValueError) as error:
         raise _Broken(f"{MANIFEST} is incomplete: {error!r}") from error
     try:
-        config = config_class.from_json(config_fields)
+        config = read_config(config_fields)
     except (TypeError, ValueError) as error:
         raise _Broken(f"{MANIFEST} has no usable config: {error}") from error
     names = names_of(config)

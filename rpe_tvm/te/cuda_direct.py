@@ -80,7 +80,8 @@ def _build(config: TensorCoreConfig) -> None:
         # with a causal mask the last rows have most to do: they start first
         first_q = let("first_q", (args.rows_q // config.tile_q - 1 - block) * config.tile_q)
         shared = T.alloc_buffer((config.shared_bytes,), "uint8", scope="shared.dyn", align=CHUNK_BYTES)
-        base = let("base", T.cuda.cvta_generic_to_shared(shared.ptr_to([0])))
+        # a pointer to all of it: of a pointer to an element TVM would keep that element only
+        base = let("base", T.cuda.cvta_generic_to_shared(shared.access_ptr("rw")))
         seen = T.Select(args.causal != 0, T.min(args.n_key, first_q + config.tile_q), args.n_key)
         tiles = let("tiles", T.Cast("int32", (seen + config.tile_k - 1) // config.tile_k))
         lane = _Lane(config, base, thread)

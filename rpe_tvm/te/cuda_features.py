@@ -45,7 +45,7 @@ def features(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.Prim
             T.launch_thread("blockIdx.y", heads) as h,
             T.launch_thread("blockIdx.z", batch) as b,
             T.launch_thread("threadIdx.x", WARP * WARPS) as thread,
-            blocks_at_once(4),
+            blocks_at_once(2),
         ):
             unit = let("unit", block * WARPS + thread // WARP)
             lane = let("lane", thread % WARP)

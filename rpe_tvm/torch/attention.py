@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
+from rpe_tvm.plan import gpu_choice
 from rpe_tvm.torch import operators as operators  # registers torch.ops.rpe_tvm.*
 from rpe_tvm.torch.core import toeplitz_attention
 from rpe_tvm.torch.devices import check_device
@@ -63,7 +64,9 @@ def kernelized_attention(
 
     Notes
     -----
-    Everything is computed in float32, also under ``torch.autocast``; each gradient has the dtype of its tensor.
+    Everything is computed in float32, also under ``torch.autocast``; each gradient has the dtype of its tensor. Only on
+    GPUs, bfloat16 and float16 are multiplied by tensor cores where head_dim is a multiple of 8: features and weighted
+    scores are then rounded to that dtype, sums are float32.
 
     Views (slices, transposes) whose last axis is contiguous are read in place. The first call for a length
     compiles the kernel, or takes it from the cache on disk, see `rpe_tvm.torch.use_artefacts`.
@@ -73,17 +76,27 @@ def kernelized_attention(
     _check_inputs(query, key, value, rpe_bias)
     _check_feature_map(feature_map, query)
     group = query.shape[1] // max(key.shape[1], 1)
-    q, k, v, b = query.float(), key.float(), value.float(), rpe_bias.float()
+    fused = cast(FeatureMap, feature_map) if type(feature_map) in COMPILED and key_lengths is None else None
+    if fused is not None and _on_tensor_cores(query, key, fused):
+        q, k, v, b = query, key, value, rpe_bias.float()
+    else:
+        q, k, v, b = query.float(), key.float(), value.float(), rpe_bias.float()
     if group != 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    if type(feature_map) in COMPILED and key_lengths is None:
-        fused = cast(FeatureMap, feature_map)
+    if fused is not None:
         out = torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, fused.projection.float(), fused.name, is_causal)
     else:
         # Autocast would compute the features, and the attention on them, in half precision.
         with torch.autocast(query.device.type, enabled=False):
             out = _on_features(q, k, v, b, feature_map, is_causal, key_lengths)
     return cast(Tensor, out.to(query.dtype))
+
+
+def _on_tensor_cores(query: Tensor, key: Tensor, feature_map: FeatureMap) -> bool:
+    """Whether there is a kernel for 16-bit numbers as they are."""
+    n = max(query.shape[2], key.shape[2])
+    dtype = operators.dtype_name(query.dtype)
+    return query.is_cuda and gpu_choice.is_direct(n, feature_map.num_features, query.shape[3], dtype)
 
 
 def _on_features(

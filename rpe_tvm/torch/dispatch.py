@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rpe_tvm.errors import ArtefactError, BuildError, CompilerNotFoundError
-from rpe_tvm.plan import backward, gpu, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu_choice, toeplitz, wisdom
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.runtime import GpuInstance, Instance, ToeplitzInstance, load, load_backward, load_gpu, load_toeplitz
 from rpe_tvm.runtime.gpu import gpus
@@ -160,13 +160,13 @@ def get_gpu_operator(gpu_index: int, n: int, num_features: int, head_dim: int, d
     return _get(
         _Kind(
             name=f"attention-m{num_features}-d{head_dim}-{dtype}",
-            options=f"--op attention --features {num_features} --head-dim {head_dim} --target cuda",
+            options=f"--op attention --features {num_features} --head-dim {head_dim} --target cuda --dtype {dtype}",
             load=lambda path, length: load_gpu(path, gpu_index),
-            choose=lambda target, bucket: gpu.choose(bucket, num_features, head_dim, dtype),
+            choose=lambda target, bucket: gpu_choice.choose(bucket, num_features, head_dim, dtype),
             wrap=None,
             target=gpus()[gpu_index].arch,
         ),
-        gpu.gpu_bucket(n),
+        gpu_choice.bucket(n, dtype),
     )
 
 

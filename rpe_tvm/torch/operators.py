@@ -31,16 +31,18 @@ torch.library.define(
 )
 
 
-def check_tensor(name: str, x: Tensor, dims: str, first: Tensor | None = None) -> None:
-    """Raise unless x is a float32 tensor with as many axes as `dims` names, such as ``[B, H, n, d]``, on the CPU or, if
-    `first` is given, where that is.
+def check_tensor(
+    name: str, x: Tensor, dims: str, first: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise unless x is a tensor of `dtype` with as many axes as `dims` names, such as ``[B, H, n, d]``, on the CPU or,
+    if `first` is given, where that is.
     """
     if first is None:
         check_cpu(name, x)
     else:
         check_device(name, x, first)
-    if x.dtype != torch.float32:
-        raise DTypeError(f"Invalid dtype of {name}: expected torch.float32, got {x.dtype}. Convert it with .float().")
+    if x.dtype != dtype:
+        raise DTypeError(f"Invalid dtype of {name}: expected {dtype}, got {x.dtype}. Convert it with .to({dtype}).")
     if x.dim() != dims.count(",") + 1:
         raise ShapeError(f"Invalid shape of {name}: expected {dims}, got {list(x.shape)}.")
 
@@ -54,9 +56,11 @@ def check_inputs(
     projection ``[m, d]``.
     """
     check_feature_map(feature_map)
-    check_tensor("query", query, "[B, H, n_q, d]", query)
-    check_tensor("key", key, "[B, H, n_k, d]", query)
-    check_tensor("value", value, "[B, H, n_k, d]", query)
+    # 16-bit numbers where tensor cores take them
+    dtype = query.dtype if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    check_tensor("query", query, "[B, H, n_q, d]", query, dtype)
+    check_tensor("key", key, "[B, H, n_k, d]", query, dtype)
+    check_tensor("value", value, "[B, H, n_k, d]", query, dtype)
     check_tensor("rpe_bias", rpe_bias, "[H, n_q + n_k - 1]", query)
     check_tensor("projection", projection, "[m, d]", query)
     batch, heads, n_q, head_dim = query.shape
@@ -130,6 +134,11 @@ def _kernelized_attention(
     return out
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in configs, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _kernelized_attention_cuda(
     query: Tensor,
     key: Tensor,
@@ -145,7 +154,7 @@ def _kernelized_attention_cuda(
         return out.zero_()
     n = max(query.shape[2], key.shape[2])
     cuda.attention(
-        get_gpu_operator(query.device.index, n, projection.shape[0], query.shape[3]),
+        get_gpu_operator(query.device.index, n, projection.shape[0], query.shape[3], dtype_name(query.dtype)),
         last_axis_contiguous(query),
         last_axis_contiguous(key),
         last_axis_contiguous(value),

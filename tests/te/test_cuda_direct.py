@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
+from tvm.s_tir.analysis import calculate_allocated_bytes
+from tvm.target import Target
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cuda_warp_on_cpu import ORDERS, Kernel, from_bits, to_bits  # noqa: E402
@@ -80,6 +83,17 @@ def test_attention(attention, n_query, n_key, causal, late, backwards):
     tolerance = 3 * UNIT[dtype] * np.abs(exact_value).max()
     np.testing.assert_allclose(from_bits(np.ascontiguousarray(out), dtype), expected, rtol=0, atol=tolerance)
     assert (written[:, n_query:] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_launch_has_its_shared_memory(config):
+    target = Target({"kind": "cuda", "arch": "sm_90"}, host={"kind": "llvm"})
+    lower, *_ = tvm.tirx.get_default_tir_pipeline(target)
+    module = lower(tvm.tirx.transform.BindTarget(target)(tvm.IRModule({"attention": direct_attention(config)})))
+    sizes = [
+        calculate_allocated_bytes(each)["main"] for name, each in module.functions_items() if "_kernel" in str(name)
+    ]
+    assert [int(size["shared.dyn"]) for size in sizes] == [config.shared_bytes]
 
 
 def test_a_row_without_weight_is_nan(attention):

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpe_tvm import build, reference
-from rpe_tvm.errors import ArtefactError, CompilerNotFoundError, GpuGradientError
+from rpe_tvm.errors import ArtefactError, CompilerNotFoundError, DTypeError, GpuGradientError
 from rpe_tvm.plan import gpu, gpu_buffers
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.runtime import GpuInstance
@@ -154,7 +154,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     # two pairs of channels at once
     monkeypatch.setattr(gpu_buffers, "_ARRAY_FLOATS", 2 * 2 * M * P * 2)
     for module in (operators, core):
-        monkeypatch.setattr(module, "get_gpu_operator", lambda index, n, m, d: made.instance)
+        monkeypatch.setattr(module, "get_gpu_operator", lambda index, n, m, d, dtype="float32": made.instance)
     # Fresh memory holds NaN.
     torch.use_deterministic_algorithms(True)
     yield made
@@ -241,6 +241,31 @@ def test_gpu_tensors_pass_the_checks_and_keep_their_device() -> None:
         bias, projection = torch.empty(H, 19, device="cuda"), torch.empty(M, D, device="cuda")
         out = kernelized_attention(query, key, value, bias, feature_map=NPRF(projection))
         assert (out.shape, out.device, out.dtype) == (query.shape, query.device, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("head_dim", "n", "taken"), [(8, 10, True), (7, 10, False), (8, 40_000, False)])
+def test_sixteen_bits_go_to_tensor_cores_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, n: int, taken: bool
+) -> None:
+    dtypes: list[torch.dtype] = []
+    inner = operators.check_inputs
+    monkeypatch.setattr(operators, "check_inputs", lambda *inputs: dtypes.append(inputs[0].dtype) or inner(*inputs))
+    with FakeTensorMode():
+        x = torch.empty(B, H, n, head_dim, dtype=torch.bfloat16, device="cuda")
+        bias, projection = torch.empty(H, 2 * n - 1, device="cuda"), torch.empty(M, head_dim, device="cuda")
+        assert kernelized_attention(x, x, x, bias, feature_map=NPRF(projection)).dtype == torch.bfloat16
+        assert set(dtypes) == {torch.bfloat16 if taken else torch.float32}
+        with pytest.raises(DTypeError, match="dtype of value: expected torch.bfloat16, got torch.float32"):
+            torch.ops.rpe_tvm.kernelized_attention(x, x, x.float(), bias, projection, "nprf", False)
+
+
+def test_rows_for_tensor_cores_are_whole_pieces() -> None:
+    x = torch.zeros(2, 3, 5, 16, dtype=torch.bfloat16)
+    for fine in (x, x.transpose(1, 2), x[:, :, 1:], x[..., 8:]):
+        assert cuda._in_whole_pieces(fine) is fine
+    for odd in (x[..., 1:9], x.new_zeros(2, 3, 5, 12)[..., :8], x.mT[..., :3, :], x.new_zeros(2, 3, 16, 5).mT):
+        copy = cuda._in_whole_pieces(odd)
+        assert copy is not odd and copy.is_contiguous() and torch.equal(copy, odd)
 
 
 @pytest.mark.parametrize("index", range(5))
@@ -335,5 +360,7 @@ def test_without_tvm_the_error_names_the_target(machine: Any, monkeypatch: pytes
 
     monkeypatch.delattr("rpe_tvm.build")
     monkeypatch.setitem(sys.modules, "rpe_tvm.build", None)
-    with pytest.raises(ArtefactError, match=r"--features 32 --head-dim 64 --target cuda --lengths 128 --out DIR"):
+    with pytest.raises(
+        ArtefactError, match=r"--features 32 --head-dim 64 --target cuda --dtype float32 --lengths 128 --out DIR"
+    ):
         dispatch.get_gpu_operator(0, 100, 32, 64)

@@ -19,6 +19,8 @@ from rpe_tvm.build import compile as build
 from rpe_tvm.build import nvcc
 from rpe_tvm.errors import CompilerNotFoundError
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_choice import GpuConfig
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.runtime import tvm_runtime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,20 +58,22 @@ def wrap(name, function):
 config = loaded.config
 instance = GpuInstance(config, {name: wrap(name, function) for name, function in loaded.functions.items()})
 m, d, n_q, n_k = config.num_features, config.head_dim, config.length - 3, config.length - 20
-query = torch.randn(2, n_q, 3, d).transpose(1, 2)
-key, value = torch.randn(2, 2, 3, n_k, d + 1)[..., 1:].unbind()
+dtype = getattr(torch, config.dtype)
+query = torch.randn(2, n_q, 3, d, dtype=dtype).transpose(1, 2)
+key, value = torch.randn(2, 2, 3, n_k, d + 1, dtype=dtype)[..., 1:].unbind()
 bias = torch.randn(3, n_q + n_k - 1)
-out = torch.empty(2, n_q, 3, d).transpose(1, 2)
+out = torch.empty(2, n_q, 3, d, dtype=dtype).transpose(1, 2)
 for feature_map in ("prf", "nprf"):
     cuda.attention(
         instance, query, key, value, bias, torch.randn(m, d), out, feature_map=feature_map, is_causal=True
     )
-cuda.attention_on_features(
-    instance, torch.rand(2, 3, n_q, m), torch.rand(2, 3, n_k, m), value, bias, out, is_causal=False
-)
+if config.dtype == "float32":
+    cuda.attention_on_features(
+        instance, torch.rand(2, 3, n_q, m), torch.rand(2, 3, n_k, m), value, bias, out, is_causal=False
+    )
 assert set(called) == set(loaded.functions)
 try:
-    instance.functions["normalise"](*[torch.empty(1)] * 3)
+    instance.functions["features_prf"](*[torch.empty(1)] * 5)
 except ValueError:
     print("checked")
 """
@@ -77,11 +81,15 @@ except ValueError:
 
 @pytest.mark.parametrize(
     "config",
-    [GpuAttentionConfig(3, 4, 64, (8, 8), 32), GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8)],
-    ids=["short", "long"],
+    [
+        GpuAttentionConfig(3, 4, 64, (8, 8), 32),
+        GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8),
+        TensorCoreConfig(6, 8, 64, "bfloat16"),
+    ],
+    ids=["short", "long", "tensor cores"],
 )
 def test_arguments_fit(
-    config: GpuAttentionConfig,
+    config: GpuConfig,
     cache_dir: Path,
     tmp_path: Path,
     run_python: Callable[..., subprocess.CompletedProcess[str]],

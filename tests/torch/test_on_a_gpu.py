@@ -59,12 +59,24 @@ def test_columns_and_rows():
     assert _error(out, _expected(inputs, feature_map)) < 4e-6
 
 
+@pytest.mark.parametrize("kind", [PRF, NPRF])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (63, 64), (100, 37), (1000, 1500), (3001, 3000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_in_and_out(dtype):
-    inputs, feature_map = _inputs(100, 100, dtype=dtype), _feature_map()
-    out = kernelized_attention(*inputs, feature_map=feature_map)
+def test_tensor_cores(dtype, n_q, n_k, is_causal, kind):
+    inputs, feature_map = _inputs(n_q, n_k, dtype=dtype), _feature_map(kind)
+    out = kernelized_attention(*inputs, feature_map=feature_map, is_causal=is_causal)
     assert out.dtype == dtype
-    assert _error(out, _expected(inputs, feature_map)) < 2 * torch.finfo(dtype).eps
+    assert _error(out, _expected(inputs, feature_map, is_causal)) < 2 * torch.finfo(dtype).eps
+
+
+def test_tensor_cores_on_views():
+    inputs, feature_map = _inputs(100, 100, dtype=torch.bfloat16), _feature_map()
+    want = kernelized_attention(*inputs, feature_map=feature_map)
+    odd = [torch.nn.functional.pad(x, (1, 0))[..., 1:] for x in inputs[:3]]
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
+    for variant in (odd, turned):
+        assert torch.equal(kernelized_attention(*variant, inputs[3], feature_map=feature_map), want)
 
 
 def test_views_are_read_in_place_and_give_the_same():

@@ -176,7 +176,7 @@ def test_shapes_are_checked(reference_operator, index, shape, message):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.complex64])
 @pytest.mark.parametrize("index", range(5))
 def test_dtypes_are_checked(reference_operator, index, dtype):
-    with pytest.raises(DTypeError, match=rf"expected torch.float32, got {dtype}. Convert it with .float\(\)"):
+    with pytest.raises(DTypeError, match=rf"expected torch.float32, got {dtype}. Convert it with .to\(torch.float32\)"):
         operator(*replaced(index, inputs()[index].to(dtype)))
 
 

@@ -38,7 +38,8 @@ def below(sch: Schedule, block: Block, loop: Loop) -> list[Loop]:
     """Return the loops of a block inside `loop`."""
     loops = sch.get_loops(block)
     outer = sch.get(loop).loop_var
-    return loops[1 + next(i for i, each in enumerate(loops) if sch.get(each).loop_var.same_as(outer)) :]
+    inside: list[Loop] = loops[1 + next(i for i, each in enumerate(loops) if sch.get(each).loop_var.same_as(outer)) :]
+    return inside
 
 
 def entry(sch: Schedule, stage: str, radix: int) -> Block:

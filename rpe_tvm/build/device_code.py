@@ -15,7 +15,7 @@ from rpe_tvm.errors import BuildError
 if TYPE_CHECKING:
     import tvm
 
-# Attribute of a function: how many blocks of threads of its kernels a multiprocessor shall hold; bounds their registers.
+# Attribute of a function: how many blocks of threads a multiprocessor shall hold, which bounds the registers of one.
 BLOCKS_ATTRIBUTE = "rpe_tvm.blocks_per_sm"
 # Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import tvm
@@ -39,12 +40,18 @@ def _long(config: GpuAttentionConfig, sizes: shapes.Sizes) -> list[Function]:
     ]
 
 
+def _scheduled(
+    schedule: Callable[[Schedule, GpuAttentionConfig], None], config: GpuAttentionConfig, sch: Schedule
+) -> None:
+    schedule(sch, config)
+
+
 def lower(config: GpuAttentionConfig) -> Lowered:
     """Return the scheduled functions.
 
-    `features_prf`, `features_nprf`, `largest`, `spectrum`, `attention` and `normalise`; where a transform does not fit into shared
-    memory `spectrum_columns` and `spectrum_rows`, and `columns`, `rows` and `back_columns`. Batch, heads and lengths are read
-    from the arguments of each call.
+    `features_prf`, `features_nprf`, `largest`, `spectrum`, `attention` and `normalise`; where a transform does not
+    fit into shared memory `spectrum_columns` and `spectrum_rows`, and `columns`, `rows` and `back_columns`. Batch,
+    heads and lengths are read from the arguments of each call.
     """
     sizes = shapes.symbolic()
     functions: dict[str, tvm.tirx.PrimFunc] = {}
@@ -62,7 +69,7 @@ def lower(config: GpuAttentionConfig) -> Lowered:
         )
     add("largest", gpu_weights.largest_bias(sizes), gpu.largest_bias)
     for name, expressions, schedule in (_short if config.columns == 1 else _long)(config, sizes):
-        add(name, expressions, lambda sch, schedule=schedule: schedule(sch, config))
+        add(name, expressions, functools.partial(_scheduled, schedule, config))
         if config.blocks_per_sm and name in ("attention", "rows"):
             functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, config.blocks_per_sm)
     add("normalise", gpu_attention.normalise(config, sizes), gpu.normalise)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rpe_tvm.plan.config import fields_from_json, fields_to_json
 from rpe_tvm.plan.twiddles import stage_sizes
 
-# Radices of one stage, whose butterfly a thread keeps in registers, and the two factors that a composite one is made of.
+# Radices of a stage, whose butterfly a thread keeps in registers, and the two factors that a composite one is made of.
 COMPOSITE: dict[int, tuple[int, int]] = {
     6: (2, 3),
     8: (2, 4),
@@ -46,13 +46,14 @@ class GpuAttentionConfig:
     threads : int
         Threads of that block.
     folds : int
-        Into how many parts of the transform's length the P positions fall: the transform of 2 P points is 2 * folds ones of
-        P / folds points, one for each remainder of the frequency.
+        Into how many parts of the transform's length the P positions fall: the transform of 2 P points is 2 * folds
+        ones of P / folds points, one for each remainder of the frequency.
     columns : int
         1 where that transform has P points. Else P points lie as columns x prod(radices) in memory (the four-step
         split), and each column is one butterfly of this radix.
     blocks_per_sm : int
-        Blocks that a multiprocessor shall hold at once, which bounds the registers of a thread; 0: as the compiler likes.
+        Blocks that a multiprocessor shall hold at once, which bounds the registers of a thread; 0: as the compiler
+        likes.
     dtype : {"float32", "bfloat16", "float16"}
         Of query, key, value and out; all sums are float32.
     """
@@ -131,7 +132,8 @@ class TableLayout:
         (size, radix) of a stage -> start of its twiddles, `[radix, size / radix]`: neighbouring threads read
         neighbouring numbers.
     turns : int
-        exp(-i pi j / P) for j < P, where positions are folded for j < 2 P: what frequencies of a remainder are shifted by.
+        exp(-i pi j / P) for j < P, where positions are folded for j < 2 P: what frequencies of a remainder are
+        shifted by.
     split : int
         Only with columns: exp(-2 pi i k1 n2 / P), `[columns, row]`.
     size : int
@@ -181,9 +183,9 @@ LONGEST = 32 * LONGEST_ROW
 FOLDED = 16384
 
 
-# The radices of a row of that many points: each divides the first, so that every stage has a multiple of the first one's
-# butterflies and every thread the same number of points. On an H100 8.8.8.8 took 0.52 ms where 16.16.16 took 0.40, and
-# 16.16.8.4 1.00 where 16.8.8.8 took 0.95 (8 heads, m = 32, d = 64).
+# The radices of a row of that many points: each divides the first, so that every stage has a multiple of the first
+# one's butterflies and every thread the same number of points. On an H100 8.8.8.8 took 0.52 ms where 16.16.16 took
+# 0.40, and 16.16.8.4 1.00 where 16.8.8.8 took 0.95 (8 heads, m = 32, d = 64).
 ROW_RADICES: dict[int, tuple[int, ...]] = {
     64: (8, 8),
     128: (16, 8),

@@ -9,8 +9,8 @@ import math
 
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 
-# Of each of the two arrays between columns and rows, 256 MiB: enough blocks for all of a GPU. Arrays of 16 MiB, which would
-# stay in the second-level cache, took 31.7 ms in place of 17.3 at n = 65536 on an H100, of 512 MiB 17.0.
+# Of each of the two arrays between columns and rows, 256 MiB: enough blocks for all of a GPU. Arrays of 16 MiB, which
+# would stay in the second-level cache, took 31.7 ms in place of 17.3 at n = 65536 on an H100, of 512 MiB 17.0.
 _ARRAY_FLOATS = 64 << 20
 
 

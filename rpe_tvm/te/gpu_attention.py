@@ -1,9 +1,9 @@
 """Kernelized attention with RPE by FFT on GPUs: one block of threads for each head, pair of channels and remainder.
 
-As `te.fft_attention`: for each feature m, out += phi_q[m] * (C (phi_k[m] * value)). The cyclic convolution of 2 P points that
-C stands for falls into one for each remainder of the frequency modulo 2 folds, of P / folds points each; without folds these
-are C's circulant and skew-circulant part. Channel d of the value is the constant 1: its sums are the denominators.
-Source: Luo et al. 2021, Eq. 10 and Sec. 3.3.
+As `te.fft_attention`: for each feature m, out += phi_q[m] * (C (phi_k[m] * value)). The cyclic convolution of 2 P
+points that C stands for falls into one for each remainder of the frequency modulo 2 folds, of P / folds points each;
+without folds these are C's circulant and skew-circulant part. Channel d of the value is the constant 1: its sums are
+the denominators. Source: Luo et al. 2021, Eq. 10 and Sec. 3.3.
 """
 
 from __future__ import annotations

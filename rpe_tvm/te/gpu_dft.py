@@ -152,9 +152,7 @@ def forward(
     return result
 
 
-def inverse(
-    name: str, radices: tuple[int, ...], lead: Sequence[Expr], tables: Tables, load: LoadInverse
-) -> te.Tensor:
+def inverse(name: str, radices: tuple[int, ...], lead: Sequence[Expr], tables: Tables, load: LoadInverse) -> te.Tensor:
     """Return unscaled inverse transforms of spectra in digit order; blocks are named `<name><stage>`.
 
     Stage k has shape `lead + [blocks, radix, rest, 2]`; in the last one blocks is 1 and the element (s, q) is output

@@ -55,9 +55,7 @@ def _features(
         f"row_{name}",
     )
     k = te.reduce_axis((cx.int64(0), cx.int64(d)), "k")
-    norm = cx.compute(
-        (batch, heads, length), lambda *at: te.sum(row[(*at, k)] * row[(*at, k)], axis=k), f"norm_{name}"
-    )
+    norm = cx.compute((batch, heads, length), lambda *at: te.sum(row[(*at, k)] * row[(*at, k)], axis=k), f"norm_{name}")
     k2 = te.reduce_axis((cx.int64(0), cx.int64(d)), "k")
     logits = cx.compute(
         (batch, heads, m, length),

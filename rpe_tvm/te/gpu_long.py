@@ -1,9 +1,8 @@
 """Kernelized attention with RPE on GPUs where a transform does not fit into shared memory: the four-step split.
 
-P points lie as N1 x N2, j = n1 * N2 + n2. Each column is one butterfly of radix N1 in registers, each row one transform in
-shared memory; between them lie two arrays in memory for a few pairs of channels at a time. Everything else is as in
-`te.gpu_attention`.
-Source: Luo et al. 2021, Eq. 10 and Sec. 3.3.
+P points lie as N1 x N2, j = n1 * N2 + n2. Each column is one butterfly of radix N1 in registers, each row one
+transform in shared memory; between them lie two arrays in memory for a few pairs of channels at a time. Everything
+else is as in `te.gpu_attention`. Source: Luo et al. 2021, Eq. 10 and Sec. 3.3.
 """
 
 from __future__ import annotations
@@ -86,9 +85,7 @@ def rows(config: GpuAttentionConfig) -> list[te.Tensor]:
         lambda at, s, q: cx.load(transformed, *at, s, q),
         lambda at, block, t, value: cx.mul(value, cx.load(spectrum, at[1], at[3], t, block)),
     )
-    back = gpu_dft.inverse(
-        "back", radices, lead, tables, lambda at, block, t: cx.load(ahead, *at, block, t, 0, 0)
-    )
+    back = gpu_dft.inverse("back", radices, lead, tables, lambda at, block, t: cx.load(ahead, *at, block, t, 0, 0))
     product = cx.compute(
         (*lead, radices[0], config.row // radices[0], 2),
         lambda u, p, f, k1, s, q, c: back[u, p, f, k1, 0, s, q, c],

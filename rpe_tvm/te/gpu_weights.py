@@ -79,14 +79,15 @@ def largest_bias(sizes: Sizes) -> list[te.Tensor]:
 def spectrum(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     """Return the arguments of the spectrum of C by remainders.
 
-    With g[s] = c[-s] over 2 P points, remainder r of R is the transform of sum_l g[s + l L] exp(-i pi r (s + l L) / P), with
-    L = 2 P / R points, divided by 2 P.
+    With g[s] = c[-s] over 2 P points, remainder r of R is the transform of sum_l g[s + l L] exp(-i pi r (s + l L) /
+    P), with L = 2 P / R points, divided by 2 P.
 
     Returns
     -------
     list
         rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k, causal (0 or 1), tables (flat), spectrum
-        `[H, residues, R, row / R, 2]` with R the last radix: position block * R + t in digit order is element (t, block).
+        `[H, residues, R, row / R, 2]` with R the last radix: position block * R + t in digit order is element (t,
+        block).
     """
     bias, largest, causal = weight_inputs(sizes)
     row, radices = config.row, config.radices

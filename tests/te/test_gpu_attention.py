@@ -30,15 +30,28 @@ def generated(config: GpuAttentionConfig) -> str:
         return str(tvm.compile(lower(config).mod, target).mod.imports[0].inspect_source())
 
 
-def short(launch: Any, empty: Any, config: Any, phi_q: Any, phi_k: Any, value: Any, bias: Any, tables: Any, partial: Any) -> None:
+def short(
+    launch: Any, empty: Any, config: Any, phi_q: Any, phi_k: Any, value: Any, bias: Any, tables: Any, partial: Any
+) -> None:
     batch, heads = phi_q.shape[:2]
     spectrum = empty(heads, config.residues, config.radices[-1], config.row // config.radices[-1], 2)
     launch("spectrum_kernel", (config.residues, heads, 1), config.threads, **bias, tables=tables, spectrum=spectrum)
-    launch("attention_kernel", (config.residues * config.pairs, heads, batch), config.threads, phi_q=phi_q, phi_k=phi_k, value=value,
-           spectrum=spectrum, tables=tables, partial=partial)
+    launch(
+        "attention_kernel",
+        (config.residues * config.pairs, heads, batch),
+        config.threads,
+        phi_q=phi_q,
+        phi_k=phi_k,
+        value=value,
+        spectrum=spectrum,
+        tables=tables,
+        partial=partial,
+    )
 
 
-def long(launch: Any, empty: Any, config: Any, phi_q: Any, phi_k: Any, value: Any, bias: Any, tables: Any, partial: Any) -> None:
+def long(
+    launch: Any, empty: Any, config: Any, phi_q: Any, phi_k: Any, value: Any, bias: Any, tables: Any, partial: Any
+) -> None:
     """The transforms of rows and columns, two pairs of channels of a head at a time."""
     batch, heads, m = phi_q.shape[:3]
     n1, n2, tiles = config.columns, config.row, config.row // min(config.row, 128)
@@ -46,19 +59,42 @@ def long(launch: Any, empty: Any, config: Any, phi_q: Any, phi_k: Any, value: An
     spectra = empty(heads, 2, n1, n2, 2)
     launch("spectrum_columns_kernel", (tiles, 2, heads), threads, **bias, tables=tables, transformed=spectra)
     spectrum = empty(heads, 2, n1, n2, 2)
-    launch("spectrum_rows_kernel", (n1, 2, heads), config.threads, transformed=spectra, tables=tables, spectrum=spectrum)
+    launch(
+        "spectrum_rows_kernel", (n1, 2, heads), config.threads, transformed=spectra, tables=tables, spectrum=spectrum
+    )
     for b in range(batch):
         for h in range(heads):
             for first in range(0, config.pairs, 2):
                 count = min(2, config.pairs - first)
                 transformed, product = empty(count, 2, m, n1, n2, 2), empty(count, 2, m, n1, n2, 2)
                 of_head = {"tables": tables, "count": count, "first": first}
-                launch("columns_kernel", (tiles, 2, count), threads, phi_k=phi_k[b, h], value=value[b, h],
-                       transformed=transformed, **of_head)
-                launch("rows_kernel", (m * n1, 2, count), config.threads, transformed=transformed, spectrum=spectrum[h],
-                       product=product, **of_head)
-                launch("back_columns_kernel", (tiles, 2, count), threads, product=product, phi_q=phi_q[b, h],
-                       partial=partial[b, h, first : first + count], **of_head)
+                launch(
+                    "columns_kernel",
+                    (tiles, 2, count),
+                    threads,
+                    phi_k=phi_k[b, h],
+                    value=value[b, h],
+                    transformed=transformed,
+                    **of_head,
+                )
+                launch(
+                    "rows_kernel",
+                    (m * n1, 2, count),
+                    config.threads,
+                    transformed=transformed,
+                    spectrum=spectrum[h],
+                    product=product,
+                    **of_head,
+                )
+                launch(
+                    "back_columns_kernel",
+                    (tiles, 2, count),
+                    threads,
+                    product=product,
+                    phi_q=phi_q[b, h],
+                    partial=partial[b, h, first : first + count],
+                    **of_head,
+                )
 
 
 def run_attention(
@@ -143,8 +179,13 @@ def check(directory: Path, config: GpuAttentionConfig, n_q: int, n_k: int, featu
     }
     out = run_attention(generated(config), config, directory, inputs, feature_map, is_causal)
     *_, expected = reference.attention(
-        inputs["query"], inputs["key"], inputs["value"], inputs["bias"], inputs["projection"],
-        feature_map=feature_map, is_causal=is_causal,
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        inputs["bias"],
+        inputs["projection"],
+        feature_map=feature_map,
+        is_causal=is_causal,
     )
     error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
     # causal: the first rows have few terms, and the FFT's rounding errors are those of the longest sums

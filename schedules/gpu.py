@@ -1,4 +1,4 @@
-"""Schedules shared by GPUs: butterflies in registers, stages that meet in shared memory, sums over features in registers."""
+"""Schedules shared by GPUs: butterflies in registers, between them shared memory, sums over features in registers."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ def features(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, .
 
 
 def spectrum(config: GpuAttentionConfig, heads: int) -> tuple[int, ...]:
-    """The transforms of the weights by remainder, complex: with R the last radix `[H, residues, R, row / R, 2]`, where there
-    are columns `[H, 2, columns, R, row / R, 2]`.
+    """The transforms of the weights by remainder, complex: with R the last radix `[H, residues, R, row / R, 2]`.
+
+    Where there are columns `[H, 2, columns, R, row / R, 2]`.
     """
     last = config.radices[-1]
     rows = () if config.columns == 1 else (config.columns,)

@@ -19,7 +19,6 @@ from rpe_tvm.te import gpu_dft
 from rpe_tvm.te.complex import Complex, Expr
 from rpe_tvm.te.shapes import Sizes
 
-
 # positions whose outputs one block of threads divides; divides every bucket
 TILE = 32
 

@@ -1,4 +1,4 @@
-"""DFT stages for GPUs, one `te.compute` per stage: a thread has one butterfly in registers, stages meet in shared memory.
+"""DFT stages for GPUs, one `te.compute` per stage: butterflies in registers, between them shared memory.
 
 A forward transform decimates in frequency, an inverse one in time with the same radices, so the spectrum stays in
 digit order and nothing is ever permuted. Neighbouring threads have neighbouring q, so that they read and write

@@ -178,27 +178,26 @@ def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCore
     ValueError
         If the sums of 16 queries do not fit into a thread's registers.
     """
-    for row_blocks in (2, 1):
-        # sums, phi_q, scores and weighted scores of a lane
-        if row_blocks * (head_dim // 2 + num_features // 4 + 12) <= 175:
-            break
-    else:
+    sums = head_dim // 2 + num_features // 4  # registers of a lane for 16 queries: sums and phi_q
+    row_blocks = 2 if sums <= 75 else 1
+    if row_blocks * sums > 160:
         raise ValueError(
-            f"Too large for registers: expected head_dim / 2 + num_features / 4 <= 163, got head_dim {head_dim} and "
+            f"Too large for registers: expected head_dim / 2 + num_features / 4 <= 160, got head_dim {head_dim} and "
             f"num_features {num_features}; use the fft algorithm."
         )
+    is_full = row_blocks * sums > 88  # of sums: what a tile needs besides has to be less
     # few queries: warps share the keys, so that there is work for all multiprocessors
     if n <= 1024:
-        warps_q, warps_k, tile_k, stages = 2, 4, 128, 2
+        warps_q, warps_k, keys, stages = 2, 4, 32, 2
     elif n <= 2048:
-        warps_q, warps_k, tile_k, stages = 4, 2, 128, 2
+        warps_q, warps_k, keys, stages = 4, 2, 32 if is_full else 64, 2
     else:
-        warps_q, warps_k, tile_k, stages = 4, 1, 64, 3
+        warps_q, warps_k, keys, stages = 4, 1, 32 if is_full else 64, 3
     if num_features + head_dim > 256:  # what sm_80 has of shared memory
-        tile_k //= 2
+        keys = 16
     return TensorCoreConfig(
-        *(num_features, head_dim, bucket_length(n), dtype, row_blocks, warps_q, warps_k, tile_k, stages),
-        matrix_sums=dtype == "float16",
+        *(num_features, head_dim, bucket_length(n), dtype, row_blocks, warps_q, warps_k, keys * warps_k, stages),
+        matrix_sums=is_full or dtype == "float16",
     )
 
 

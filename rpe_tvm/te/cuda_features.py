@@ -78,24 +78,23 @@ def _sixteen_rows(
     weights = named("weights", warp.registers(4, "uint32"))
     scale = named("scale", warp.registers(2, "float32"))
 
-    def multiply(start: int, tiles: range) -> None:
-        for k in range(0, d, ROWS):
-            for i in range(4):
-                column = k + i // 2 * 8
-                if column >= d:  # d is a multiple of 8, not of 16
-                    T.buffer_store(rows, T.uint32(0), [i])
-                    continue
-                # past the end the last row again; `phi` has zeros there
-                row = T.min(first + (i % 2 * 8) + group, n - 1)
-                warp.load_pair(rows[i], x.ptr_to([b, h, row, column + 2 * pair]))
-                if start == 0:
-                    low, high = warp.unpack(dtype, rows[i])
-                    T.buffer_store(squares, squares[i % 2] + (low * low + high * high), [i % 2])
-            for tile in tiles:
-                _split(config, projection, T.min(start + tile * 8 + group, m - 1), k, pair, weights)
-                at = [logits[tile * 4 + i] for i in range(4)]
-                for part in (0, 2):
-                    warp.multiply_add(dtype, at, [rows[i] for i in range(4)], [weights[part], weights[part + 1]])
+    def multiply(start: int, tiles: range, k: Expr, halves: int) -> None:
+        """Add the products with 16 channels from k on, or with 8 (one half)."""
+        for i in range(4):
+            if i // 2 >= halves:
+                T.buffer_store(rows, T.uint32(0), [i])
+                continue
+            # past the end the last row again; `phi` has zeros there
+            row = T.min(first + (i % 2 * 8) + group, n - 1)
+            warp.load_pair(rows[i], x.ptr_to([b, h, row, k + i // 2 * 8 + 2 * pair]))
+            if start == 0:
+                low, high = warp.unpack(dtype, rows[i])
+                T.buffer_store(squares, squares[i % 2] + (low * low + high * high), [i % 2])
+        for tile in tiles:
+            _split(dtype, projection, T.min(start + tile * 8 + group, m - 1), k + 2 * pair, halves, weights)
+            at = [logits[tile * 4 + i] for i in range(4)]
+            for part in (0, 2):
+                warp.multiply_add(dtype, at, [rows[i] for i in range(4)], [weights[part], weights[part + 1]])
 
     def normalise() -> None:
         for i in (0, 1):
@@ -112,11 +111,17 @@ def _sixteen_rows(
         exists = row < n if config.padded_features == m else T.And(row < n, column < m)
         return T.Select(exists, T.exp(exponent) * T.float32(m**-0.5), T.float32(0))
 
+    # steps whose loads are on the way at the same time; one after the other they would wait for memory each
+    together = next(count for count in (4, 3, 2, 1) if d // ROWS % count == 0)
     warp.zero(squares, 2)
     for start in range(0, config.padded_features, FEATURES):
         tiles = range(min(FEATURES, config.padded_features - start) // 8)
         warp.zero(logits, len(tiles) * 4)
-        multiply(start, tiles)
+        with T.serial(d // (ROWS * together)) as turn:
+            for i in range(together):
+                multiply(start, tiles, (turn * together + i) * ROWS, 2)
+        if d % ROWS:
+            multiply(start, tiles, d // ROWS * ROWS, 1)
         if start == 0:
             normalise()
         for lower in (0, 1):
@@ -128,15 +133,14 @@ def _sixteen_rows(
                 warp.store_pair(phi.ptr_to([b, h, row, column]), rows[0])
 
 
-def _split(config: TensorCoreConfig, projection: Buffer, row: Expr, k: int, pair: Expr, parts: Buffer) -> None:
-    """Put 16 columns of 8 rows of W into fragments: rounded in 0 and 1, what rounding lost in 2 and 3."""
+def _split(dtype: str, projection: Buffer, row: Expr, column: Expr, halves: int, parts: Buffer) -> None:
+    """Put 16 columns of 8 rows of W into fragments, or 8: rounded in 0 and 1, what rounding lost in 2 and 3."""
     for half in (0, 1):
-        column = k + half * 8
-        if column >= config.head_dim:
+        if half >= halves:
             for part in (half, half + 2):
                 T.buffer_store(parts, T.uint32(0), [part])
             continue
-        exact = [projection[row, column + 2 * pair + i] for i in (0, 1)]
-        warp.pack(config.dtype, parts[half], *exact)
-        rounded = warp.unpack(config.dtype, parts[half])
-        warp.pack(config.dtype, parts[half + 2], *(x - y for x, y in zip(exact, rounded, strict=True)))
+        exact = [projection[row, column + half * 8 + i] for i in (0, 1)]
+        warp.pack(dtype, parts[half], *exact)
+        rounded = warp.unpack(dtype, parts[half])
+        warp.pack(dtype, parts[half + 2], *(x - y for x, y in zip(exact, rounded, strict=True)))

@@ -6,32 +6,16 @@ Imports neither torch nor tvm before it runs, so that the command line can offer
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from rpe_tvm import bench_machine, bench_output, bench_turns
+from rpe_tvm import bench_machine, bench_output, bench_problem, bench_turns
+from rpe_tvm.bench_peers import PEERS, peer_calls
 from rpe_tvm.errors import RpeTvmError
-from rpe_tvm.reference import attention_rows
-
-if TYPE_CHECKING:
-    import torch
-
-# The peers by name, with their headings.
-PEERS = {
-    "torch_fft": "torch.fft",
-    "torch_fft_by_feature": "torch.fft by feature",
-    "sdpa": "SDPA",
-    "sdpa_bias": "SDPA + bias",
-}
 
 Describe = Callable[[int], str]
 
@@ -63,17 +47,6 @@ class Row:
             "torch_fft_error": self.torch_fft_error,
             "rounds": self.rounds,
         }
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Float32 tensors: q, k, v `[1, H, n, d]`, rpe_bias `[H, 2n-1]`, projection `[m, d]`."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    rpe_bias: torch.Tensor
-    projection: torch.Tensor
 
 
 def run(
@@ -126,28 +99,14 @@ def run(
         import torch
 
         with torch.no_grad():
-            inputs = _make_inputs(n, heads, num_features, head_dim)
+            inputs = bench_problem.make_inputs(n, heads, num_features, head_dim)
             return _measure(inputs, seconds, is_causal, describe, show)
 
     return bench_turns.rows_of(lengths, threads, measure, on_row)
 
 
-def _make_inputs(n: int, heads: int, num_features: int, head_dim: int) -> _Inputs:
-    import torch
-
-    generator = torch.Generator().manual_seed(n)
-    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
-    return _Inputs(
-        query=normal(1, heads, n, head_dim),
-        key=normal(1, heads, n, head_dim),
-        value=normal(1, heads, n, head_dim),
-        rpe_bias=normal(heads, 2 * n - 1),
-        projection=normal(num_features, head_dim),
-    )
-
-
 def _measure(
-    inputs: _Inputs,
+    inputs: bench_problem.Inputs,
     seconds: float,
     is_causal: bool,
     describe: Describe | None,
@@ -156,17 +115,17 @@ def _measure(
     """One row: build the contestants, check them, let them take turns, check the operator again."""
     n = inputs.query.shape[2]
     rows = bench_turns.sample_rows(n)
-    operator = _operator(inputs, is_causal)
+    operator = bench_problem.operator_call(inputs, is_causal)
 
     show("checking rpe_tvm (the first call may compile)")
     output = operator()
     show("checking the peers")
-    expected = _expected_rows(rows, inputs, is_causal)
+    expected = bench_problem.expected_rows(rows, inputs, is_causal)
     softmax = {
-        "sdpa": _softmax_rows(rows, inputs, is_causal, with_bias=False),
-        "sdpa_bias": _softmax_rows(rows, inputs, is_causal, with_bias=True),
+        "sdpa": bench_problem.softmax_rows(rows, inputs, is_causal, with_bias=False),
+        "sdpa_bias": bench_problem.softmax_rows(rows, inputs, is_causal, with_bias=True),
     }
-    calls, skipped = _peer_calls(inputs, is_causal, bench_machine.free_bytes())
+    calls, skipped = peer_calls(inputs, is_causal, bench_machine.free_bytes())
     errors = {
         name: bench_turns.relative_error(call(), rows, softmax.get(name, expected)) for name, call in calls.items()
     }
@@ -193,83 +152,6 @@ def _measure(
         torch_fft_error=torch_fft_error,
         rounds=len(times["rpe_tvm"]),
     )
-
-
-def _operator(inputs: _Inputs, is_causal: bool) -> Callable[[], torch.Tensor]:
-    module = importlib.import_module("rpe_tvm.torch")
-    feature_map = module.NPRF(inputs.projection)
-
-    def call() -> torch.Tensor:
-        output: torch.Tensor = module.kernelized_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            inputs.rpe_bias,
-            feature_map=feature_map,
-            is_causal=is_causal,
-        )
-        return output
-
-    return call
-
-
-def _peer_calls(
-    inputs: _Inputs, is_causal: bool, free: int
-) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, str]]:
-    """The peers that fit into `free` bytes, ready to be called, and for the others why they are skipped."""
-    from rpe_tvm import peers
-
-    q, k, v, b, w = inputs.query, inputs.key, inputs.value, inputs.rpe_bias, inputs.projection
-    (batch, heads, n, head_dim), num_features = q.shape, w.shape[0]
-    mask_bytes = 4 * heads * n * n
-    fft = functools.partial(peers.torch_fft_attention, q, k, v, b, w, is_causal=is_causal)
-    calls: dict[str, Callable[[], torch.Tensor]] = {}
-    skipped: dict[str, str] = {}
-
-    def fits(name: str, needed: int) -> bool:
-        shortage = bench_machine.shortage(needed, free)
-        if shortage is not None:
-            skipped[name] = shortage
-        return shortage is None
-
-    with_mask = fits("sdpa_bias", mask_bytes)
-    if with_mask:
-        free -= mask_bytes
-    if fits("torch_fft", peers.torch_fft_bytes(batch, heads, n, n, num_features, head_dim)):
-        calls["torch_fft"] = fft
-    calls["torch_fft_by_feature"] = functools.partial(fft, chunk=1)
-    calls["sdpa"] = functools.partial(peers.sdpa, q, k, v, is_causal=is_causal)
-    if with_mask:
-        mask = peers.bias_mask(b, n, n, is_causal=is_causal)
-        calls["sdpa_bias"] = functools.partial(peers.sdpa_with_bias, q, k, v, mask)
-    return calls, skipped
-
-
-def _expected_rows(rows: npt.NDArray[np.int64], inputs: _Inputs, is_causal: bool) -> npt.NDArray[np.float64]:
-    """Rows of the operator's result in float64, `[1, H, r, d]`."""
-    q, k, v, b, w = (
-        each.numpy() for each in (inputs.query, inputs.key, inputs.value, inputs.rpe_bias, inputs.projection)
-    )
-    return attention_rows(rows, q, k, v, b, w, is_causal=is_causal)
-
-
-def _softmax_rows(
-    rows: npt.NDArray[np.int64], inputs: _Inputs, is_causal: bool, with_bias: bool
-) -> npt.NDArray[np.float64]:
-    """Rows of softmax attention in float64 (Luo et al. 2021, Eq. 6), `[1, H, r, d]`."""
-    query, key, value, bias = (
-        each.double().numpy() for each in (inputs.query, inputs.key, inputs.value, inputs.rpe_bias)
-    )
-    n, head_dim = query.shape[2:]
-    offset = np.arange(n) - rows[:, None]
-    scores = query[:, :, rows] @ key.swapaxes(-1, -2) / np.sqrt(head_dim)
-    if with_bias:
-        scores = scores + bias[:, offset + n - 1]
-    if is_causal:
-        scores = np.where(offset > 0, -np.inf, scores)
-    alpha = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    result: npt.NDArray[np.float64] = (alpha / alpha.sum(axis=-1, keepdims=True)) @ value
-    return result
 
 
 # --------------------------------------------------------------------------------------------------- output
@@ -322,6 +204,18 @@ def plot(rows: Sequence[Row], path: str | Path, title: str | None = None) -> Non
 # --------------------------------------------------------------------------------------------- command line
 
 
+# What options are where they are not given, by target.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "x86": {"lengths": (512, 1024, 2048, 4096, 8192, 16384), "dtypes": ("float32",), "heads": 4, "seconds": 8.0},
+    "cuda": {
+        "lengths": (1024, 2048, 4096, 16384, 65536),
+        "dtypes": ("float32", "bfloat16"),
+        "heads": 8,
+        "seconds": 4.0,
+    },
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench` to its parser."""
     parser.add_argument("--op", choices=["attention", "toeplitz"], default="attention", help="default: %(default)s")
@@ -331,13 +225,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="forward",
         help="train: forward and backward, times and peak memory (default: %(default)s)",
     )
-    parser.add_argument("--target", choices=["x86"], default="x86", help="what to run on (default: %(default)s)")
+    parser.add_argument("--target", choices=[*DEFAULTS], default="x86", help="what to run on (default: %(default)s)")
+    parser.add_argument("--lengths", type=_lengths, metavar="N,N,...", help=f"sequence lengths {_default('lengths')}")
     parser.add_argument(
-        "--lengths",
-        type=_lengths,
-        default=(512, 1024, 2048, 4096, 8192, 16384),
-        metavar="N,N,...",
-        help="sequence lengths (default: 512,1024,2048,4096,8192,16384)",
+        "--dtypes",
+        type=_dtypes,
+        metavar="DTYPE,...",
+        help=f"of query, key and value, with --target cuda: float32, bfloat16 {_default('dtypes')}",
     )
     parser.add_argument(
         "--memory-lengths",
@@ -345,14 +239,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,...",
         help="with --mode train: where to measure peak memory (default: --lengths)",
     )
-    parser.add_argument("--heads", type=_positive, default=4, help="heads, with a batch of 1 (default: %(default)s)")
+    parser.add_argument("--heads", type=_positive, help=f"heads, with a batch of 1 {_default('heads')}")
     parser.add_argument("--features", type=_positive, default=32, help="random features m (default: %(default)s)")
     parser.add_argument("--head-dim", type=_positive, default=64, help="channels of a head d (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, help="threads (default: torch's)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="time for each length (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, help="threads of a CPU (default: torch's)")
+    parser.add_argument("--seconds", type=float, help=f"time for each row of the table {_default('seconds')}")
     parser.add_argument("--causal", action="store_true", help="queries see no later keys")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurement here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over length (needs matplotlib)")
+
+
+def fill_in(args: argparse.Namespace) -> argparse.Namespace:
+    """The parsed options with those of `DEFAULTS` for their target."""
+    for name, value in DEFAULTS[args.target].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def main(args: argparse.Namespace, describe: Describe | None = None) -> int:
@@ -406,3 +308,20 @@ def _positive(text: str) -> int:
 
 def _lengths(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    known = DEFAULTS["cuda"]["dtypes"]
+    for part in text.split(","):
+        if part not in known:
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(known)}, got {part!r}")
+    return tuple(text.split(","))
+
+
+def _default(option: str) -> str:
+    """The defaults of an option, for its help."""
+    texts = {
+        target: ",".join(map(str, each[option])) if isinstance(each[option], tuple) else str(each[option])
+        for target, each in DEFAULTS.items()
+    }
+    return f"(default: {texts['x86']}; cuda: {texts['cuda']})"

@@ -19,6 +19,11 @@ def obstacle(target: str, with_plot: bool) -> str | None:
     machine = platform.machine()
     if machine.lower() not in ("x86_64", "amd64"):
         return f"target {target} needs an x86-64 CPU, got {machine}; run the benchmark on such a machine"
+    return missing_package(with_plot)
+
+
+def missing_package(with_plot: bool) -> str | None:
+    """Which package a measurement lacks, and how to install it."""
     if importlib.util.find_spec("torch") is None:
         return "the benchmark needs PyTorch, which is not installed; run: pip install torch"
     if with_plot and importlib.util.find_spec("matplotlib") is None:
@@ -58,8 +63,8 @@ def free_bytes() -> int:
     return free
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """What a reader needs to judge a measurement: CPU, threads, versions, commit, date."""
+def environment(threads: int | None) -> dict[str, Any]:
+    """What a reader needs to judge a measurement: CPU, threads (None on a GPU), versions, commit, date."""
     packages = ("rpe_tvm", "apache-tvm", "apache-tvm-ffi", "torch", "numpy")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -40,7 +40,7 @@ def table_line(headings: Sequence[str], cells: Sequence[str]) -> str:
 
 
 def _widths(headings: Sequence[str]) -> list[int]:
-    wide = {"algorithm": 16, "algorithms": 28}
+    wide = {"algorithm": 16, "algorithms": 28, "dtype": 8}
     return [wide.get(heading, max(len(heading), 7)) for heading in headings]
 
 
@@ -49,7 +49,7 @@ def write_json(
     benchmark: str,
     rows: Sequence[Row],
     settings: Mapping[str, Any],
-    threads: int,
+    threads: int | None,
     **more: Any,
 ) -> None:
     """Write the measurement with its settings and environment; a file is complete or is not there."""
@@ -66,13 +66,31 @@ def write_json(
 
 
 def plot(series: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, title: str, ylabel: str) -> None:
-    """Draw milliseconds over length, both logarithmic; of up to five series by label, the operator's is the first."""
+    """Draw milliseconds over length, both logarithmic; of up to seven series by label, the operator's is the first."""
+    plot_panels({"": series}, path, title, ylabel)
+
+
+def plot_panels(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: str | Path, title: str, ylabel: str
+) -> None:
+    """As `plot`, with several panels by title, side by side on the same scale."""
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 7 * len(panels), 5), layout="constrained")
+    drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, series) in zip(drawn, panels.items(), strict=True):
+        _draw(axes, series)
+        axes.set_title(name)
+    drawn[0].set_ylabel(ylabel)
+    figure.suptitle(title)
+    write_and_rename(Path(path), lambda staged: figure.savefig(staged, dpi=150))
+
+
+def _draw(axes: Any, series: Mapping[str, Sequence[tuple[int, float]]]) -> None:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    styles = list(zip("osD^v", ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"), strict=True))
+    colours = ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000")
+    styles = list(zip("osD^vPX", colours, strict=True))
     for (label, points), (marker, colour) in zip(series.items(), styles[: len(series)], strict=True):
         if points:
             lengths, milliseconds = zip(*points, strict=True)
@@ -85,11 +103,8 @@ def plot(series: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, ti
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("sequence length n")
-    axes.set_ylabel(ylabel)
-    axes.set_title(title)
     axes.grid(True, which="major", color="#dddddd")
     axes.legend(frameon=False)
-    write_and_rename(Path(path), lambda staged: figure.savefig(staged, dpi=150))
 
 
 def write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
@@ -112,11 +127,12 @@ def attention_settings(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": args.seconds,
         "causal": args.causal,
         "feature_map": "nprf",
-        "dtype": "float32",
+        "dtype": ", ".join(args.dtypes),
     }
 
 
-def setting_of(args: argparse.Namespace, threads: int) -> str:
-    """The same in a line of text, for the head of a table."""
+def setting_of(args: argparse.Namespace, threads: int | None) -> str:
+    """The same in a line of text, for the head of a table; on a GPU without threads."""
     shape = f"{args.heads} heads, m={args.features}, d={args.head_dim}{', causal' if args.causal else ''}"
-    return f"float32, {shape}, {threads} {'thread' if threads == 1 else 'threads'}"
+    on = "" if threads is None else f", {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{', '.join(args.dtypes)}, {shape}{on}"

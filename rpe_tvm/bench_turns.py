@@ -130,7 +130,7 @@ def take_turns(
 
 def relative_error(output: torch.Tensor, rows: npt.NDArray[np.int64], expected: npt.NDArray[np.float64]) -> float:
     """RMS of the error of `output[:, :, rows]` over the RMS of `expected`; NaN where anything is NaN."""
-    return rms_error(output[:, :, rows.tolist()].double().numpy(), expected)
+    return rms_error(output[:, :, rows.tolist()].double().cpu().numpy(), expected)
 
 
 def rms_error(got: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> float:

@@ -10,13 +10,13 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import __version__, bench, bench_toeplitz, bench_train
-from rpe_tvm.errors import RpeTvmError
+from rpe_tvm import __version__, bench, bench_cuda, bench_toeplitz, bench_train
+from rpe_tvm.errors import BuildError, RpeTvmError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,12 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     compiling.add_argument(
         "--target",
         default="x86",
-        metavar="CPU",
-        help="x86 for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, ... "
-        "(default: %(default)s)",
+        metavar="TARGET",
+        help="x86 for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, ...; cuda for this "
+        "machine's GPU (sm_90 if there is none), or sm_80, sm_90, ... (default: %(default)s)",
+    )
+    compiling.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of query, key and value on a GPU; others than float32 run on tensor cores (default: %(default)s)",
     )
     compiling.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    compiling.set_defaults(run=_compile)
+    compiling.set_defaults(run=_compile, error=compiling.error)
 
     benchmark = commands.add_parser("bench", help="time the operator against its peers, on checked results")
     bench.add_arguments(benchmark)
@@ -110,7 +116,7 @@ def _info(args: argparse.Namespace) -> int:
         show(package, _version(package))
     try:
         from rpe_tvm import build, targets
-        from rpe_tvm.build import cache, link
+        from rpe_tvm.build import cache, link, nvcc
         from rpe_tvm.plan import backward, wisdom
     except RpeTvmError as error:
         # Without TVM, or with a version that does not work, compiled libraries still run.
@@ -121,11 +127,16 @@ def _info(args: argparse.Namespace) -> int:
         show("compiler", shlex.join(link.find_compiler()))
     except RpeTvmError as error:
         show("compiler", f"none: {error}")
+    try:
+        show("nvcc", f"{nvcc.find()} {nvcc.version()}")
+    except RpeTvmError as error:
+        show("nvcc", f"none: {error}")
     found = cache.entries()
     show("cache", f"{cache.root()} ({len(found)} libraries, {_size(sum(entry.bytes for entry in found))})")
     target = targets.detect()
     show("target", f"{target.id}, {target.lanes} float32 lanes")
     show("cpu features", " ".join(target.features))
+    _show_gpus(show)
     records = [*wisdom.records(target.id), *wisdom.records(target.id, backward.BackwardConfig)]
     show("tuned records", f"{len(records)} for {target.id}")
     for record in records:
@@ -138,20 +149,47 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _show_gpus(show: Callable[[str, str], None]) -> None:
+    from rpe_tvm.gpu_targets import DEFAULT_ARCH
+    from rpe_tvm.runtime.gpu import gpus
+
+    try:
+        found = gpus()
+    except RpeTvmError as error:
+        show("gpu", f"none; --target cuda compiles for {DEFAULT_ARCH}. {error}")
+        return
+    for index, gpu in enumerate(found):
+        show(
+            f"gpu {index}", f"cuda-{gpu.arch}, {gpu.name}, {gpu.shared_bytes // 1024} KiB of shared memory for a block"
+        )
+
+
 def _compile(args: argparse.Namespace) -> int:
     from rpe_tvm import build, targets
     from rpe_tvm.build import manifest
-    from rpe_tvm.plan import backward, toeplitz, wisdom
+    from rpe_tvm.gpu_targets import GpuTargetSpec
+    from rpe_tvm.plan import backward, gpu_choice, toeplitz, wisdom
 
     target = targets.preset(args.target)
 
     def choose(n: int) -> Any:
+        if isinstance(target, GpuTargetSpec):
+            try:
+                return gpu_choice.choose(n, args.features, args.head_dim, args.dtype)
+            except ValueError as error:
+                raise BuildError(str(error)) from error
         if args.op == "toeplitz":
             return toeplitz.choose(target.id, n, args.head_dim, target.lanes)
         if args.op == "backward":
             return backward.choose(target.id, n, args.features, args.head_dim, target.lanes)
         return wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes)
 
+    if isinstance(target, GpuTargetSpec) and args.op != "attention":
+        args.error(
+            f"argument --target: expected a CPU for --op {args.op}, which GPUs do not have yet, got {args.target}"
+        )
+    if args.dtype != "float32" and not isinstance(target, GpuTargetSpec):
+        args.error(f"argument --dtype: expected float32 for a CPU, which computes in that, got {args.dtype}")
     configs = [choose(n) for n in args.lengths]
     for config in sorted(set(configs), key=lambda each: each.length):
         start = time.perf_counter()
@@ -166,6 +204,19 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.target != "cuda" and args.dtypes not in (None, ("float32",)):
+        args.error(f"argument --dtypes: expected --target cuda for {','.join(args.dtypes)}, got --target {args.target}")
+    bench.fill_in(args)
+    if args.target == "cuda":
+        if args.op != "attention" or args.mode != "forward":
+            args.error(
+                "argument --target: expected x86 for --op toeplitz and --mode train, which GPUs do not have yet, got "
+                "cuda"
+            )
+        for option, value in (("--threads", args.threads), ("--memory-lengths", args.memory_lengths)):
+            if value is not None:
+                args.error(f"argument {option}: expected --target x86, got --target cuda; leave one of them out")
+        return bench_cuda.main(args, functools.partial(_describe_gpu, args))
     if args.mode != "train" and args.memory_lengths is not None:
         args.error("argument --memory-lengths: expected --mode train, which measures memory, got --mode forward")
     if args.op == "toeplitz":
@@ -181,6 +232,15 @@ def _describe(args: argparse.Namespace, n: int) -> str:
     from rpe_tvm import torch
 
     return torch.describe(n, args.features, args.head_dim)
+
+
+def _describe_gpu(args: argparse.Namespace, n: int, dtype: str) -> str:
+    from rpe_tvm.plan import gpu_choice
+    from rpe_tvm.torch import dispatch
+
+    size = n, args.features, args.head_dim
+    kernel = dtype if gpu_choice.is_direct(*size, dtype) else "float32"  # what has no kernel is converted
+    return dispatch.get_gpu_operator(0, *size, kernel).config.description
 
 
 def _describe_training(args: argparse.Namespace, n: int) -> str:

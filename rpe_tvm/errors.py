@@ -14,11 +14,19 @@ class BuildError(RpeTvmError, RuntimeError):
 
 
 class CompilerNotFoundError(BuildError):
-    """No C++ compiler was found on this machine; exporting a library needs one."""
+    """No C++ compiler, or no nvcc for a GPU target, was found on this machine; exporting a library needs one."""
+
+
+class GpuNotFoundError(RpeTvmError, RuntimeError):
+    """This process can use no NVIDIA GPU."""
 
 
 class SecondGradientError(RpeTvmError, NotImplementedError):
     """A gradient of attention's gradients was asked for."""
+
+
+class GpuGradientError(RpeTvmError, NotImplementedError):
+    """A gradient of an operator was asked for on a GPU, where it has none yet."""
 
 
 class ArtefactError(RpeTvmError, RuntimeError):

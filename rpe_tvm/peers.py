@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +154,63 @@ def sdpa_with_bias(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     Luo et al. 2021 (arXiv 2106.12566), Eq. 6: what the kernelized attention stands in for.
     """
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.unsqueeze(0))
+
+
+def by_cudnn(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `call` gives with softmax attention by cuDNN, which torch may not pick by itself.
+
+    Raises
+    ------
+    RuntimeError
+        If cuDNN has no kernel for the tensors of the call.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return call()
+
+
+def flex_with_bias(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rpe_bias: torch.Tensor, *, is_causal: bool = False
+) -> Callable[[], torch.Tensor]:
+    """Softmax attention with a bias by FlexAttention, which reads `rpe_bias` for every score: no mask of n x n.
+
+    Parameters
+    ----------
+    query, key, value
+        `[B, H, n_q, d]`, `[B, H, n_k, d]` twice.
+    rpe_bias
+        `[H, n_q + n_k - 1]`; offset t = j - i stands at index t + n_q - 1.
+    is_causal
+        Whether query i sees keys j <= i only; blocks of later keys are left out.
+
+    Returns
+    -------
+    callable
+        It compiles when it is called first, and gives `[B, H, n_q, d]`. Only the latest one may be called.
+
+    Notes
+    -----
+    Luo et al. 2021 (arXiv 2106.12566), Eq. 6.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n_q, n_k = query.shape[2], key.shape[2]
+
+    def with_bias(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> Any:
+        return score + rpe_bias[h, j - i + n_q - 1]
+
+    def sees(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> Any:
+        return j <= i
+
+    @functools.cache
+    def compiled() -> Callable[..., torch.Tensor]:
+        # Past a few lengths of one function torch would stop compiling it and make all n x n scores.
+        torch.compiler.reset()
+        blocks = create_block_mask(sees, None, None, n_q, n_k, device=str(query.device)) if is_causal else None
+        return functools.partial(torch.compile(flex_attention, dynamic=False), score_mod=with_bias, block_mask=blocks)
+
+    return lambda: compiled()(query, key, value)
 
 
 def bias_mask(rpe_bias: torch.Tensor, n_q: int, n_k: int, *, is_causal: bool = False) -> torch.Tensor:

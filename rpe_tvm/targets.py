@@ -1,4 +1,4 @@
-"""Targets: which CPU a library is compiled for and what it needs there."""
+"""Targets: which CPU a library is compiled for and what it needs there. GPUs are in `rpe_tvm.gpu_targets`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rpe_tvm import gpu_targets
 from rpe_tvm.errors import BuildError
+from rpe_tvm.gpu_targets import GpuTargetSpec
 
 if TYPE_CHECKING:
     from tvm.target import Target
@@ -98,16 +100,25 @@ class TargetSpec:
     lanes: int
     features: tuple[str, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"id": self.id, "kind": self.kind, "mcpu": self.mcpu, "cpu_features": list(self.features)}
 
-def preset(name: str) -> TargetSpec:
-    """The target called `name`: ``x86`` for this machine's CPU, else a CPU name of LLVM's (``haswell``,
-    ``znver4``, ...).
+
+AnyTarget = TargetSpec | GpuTargetSpec
+
+
+def preset(name: str) -> AnyTarget:
+    """The target called `name`: ``x86`` for this machine's CPU, a CPU name of LLVM's (``haswell``, ``znver4``, ...),
+    ``cuda`` for this machine's GPU, or a GPU architecture (``sm_80``, ``sm_90``, ...).
 
     Raises
     ------
     BuildError
-        For a name that LLVM does not know, and for a CPU without AVX2 and FMA.
+        For a name that neither LLVM nor `rpe_tvm.gpu_targets` knows, and for a CPU without AVX2 and FMA.
     """
+    if gpu_targets.is_gpu(name):
+        return gpu_targets.preset(name)
     if name == "x86":
         return detect()
     known = [str(cpu) for cpu in _llvm("target.llvm_get_cpu_archlist", _target(_AVX2_CPU))]
@@ -115,8 +126,8 @@ def preset(name: str) -> TargetSpec:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise BuildError(
-            f"Unknown target {name!r}: expected 'x86' (this machine's CPU) or an x86 CPU name of LLVM's, "
-            f"such as haswell, skylake-avx512 or znver4.{hint}"
+            f"Unknown target {name!r}: expected 'x86' (this machine's CPU), an x86 CPU name of LLVM's, such as "
+            f"haswell, skylake-avx512 or znver4, 'cuda' (this machine's GPU), or sm_80, sm_90, ....{hint}"
         )
     return _spec(name, _needed_flags(name))
 
@@ -147,8 +158,10 @@ def detect() -> TargetSpec:
     return _spec(mcpu, needed & have)
 
 
-def to_tvm(spec: TargetSpec) -> Target:
+def to_tvm(spec: AnyTarget) -> Target:
     """The TVM target of `spec`. Imports tvm."""
+    if isinstance(spec, GpuTargetSpec):
+        return gpu_targets.to_tvm(spec)
     allowed = set(spec.features)
     forbidden = sorted(
         feature

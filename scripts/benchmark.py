@@ -1,6 +1,7 @@
-"""Runs all benchmarks one after the other and writes x86.json, x86-train.json, x86-toeplitz.json and two plots.
+"""Runs all benchmarks of a target one after the other and writes their JSON files and plots.
 
-    python scripts/benchmark.py --threads 2
+    python scripts/benchmark.py --threads 2       # x86.json, x86-train.json, x86-toeplitz.json and two plots
+    python scripts/benchmark.py --target cuda     # cuda.json and its plot
 
 Close other programs first. Each benchmark is a command of its own, printed in front of its table. One that fails, for a
 wrong result perhaps, does not stop the others; its files stay as they were.
@@ -18,8 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def gpu_commands(out: Path) -> list[list[str]]:
+    """The arguments of ``python -m rpe_tvm`` for the benchmark on an NVIDIA GPU."""
+    attention = ["--target", "cuda", "--heads", "8", "--features", "32", "--head-dim", "64"]
+    lengths = "1024,2048,4096,16384,65536,262144"
+    return [["bench", *attention, "--lengths", lengths, *_files(out / "cuda", with_plot=True)]]
+
+
 def commands(out: Path, threads: int) -> list[list[str]]:
-    """The arguments of ``python -m rpe_tvm`` for each benchmark."""
+    """The arguments of ``python -m rpe_tvm`` for each benchmark on x86 CPUs."""
     lengths, training_lengths = "512,1024,2048,4096,8192,16384", "1024,2048,4096,8192"
     attention = ["--target", "x86", "--heads", "4", "--features", "32", "--head-dim", "64"]
     common = ["--threads", str(threads)]
@@ -42,13 +50,14 @@ def _files(stem: Path, with_plot: bool) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--target", choices=["x86", "cuda"], default="x86", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="DIR", help="where to write")
     args = parser.parse_args()
     if args.threads < 1:
         parser.error(f"--threads: expected a positive number, got {args.threads}")
     failed = []
-    for arguments in commands(args.out, args.threads):
+    for arguments in gpu_commands(args.out) if args.target == "cuda" else commands(args.out, args.threads):
         shown = shlex.join(["python", "-m", "rpe_tvm", *arguments])
         print(f"\n$ {shown}", flush=True)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpe_tvm import bench, bench_machine, bench_output, bench_turns, reference
+from rpe_tvm import bench, bench_machine, bench_output, bench_peers, bench_problem, bench_turns, reference
 
 torch = pytest.importorskip("torch")
 from rpe_tvm import peers  # noqa: E402  (needs torch)
@@ -57,7 +57,7 @@ def operator(monkeypatch):
 def parse(*arguments):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return bench.fill_in(parser.parse_args(arguments))
 
 
 def command(*arguments):
@@ -210,11 +210,11 @@ def test_peers_without_room_are_skipped_and_say_so(operator, monkeypatch):
 
 
 def test_the_mask_counts_against_the_room_of_torch_fft(monkeypatch):
-    inputs = bench._make_inputs(64, 2, 4, 8)
+    inputs = bench_problem.make_inputs(64, 2, 4, 8)
     mask_bytes, fft_bytes = 4 * 2 * 64 * 64, peers.torch_fft_bytes(1, 2, 64, 64, 4, 8)
     enough = int((fft_bytes + mask_bytes) / bench_machine.MEMORY_SHARE) + 2
-    assert not bench._peer_calls(inputs, False, enough)[1]
-    assert set(bench._peer_calls(inputs, False, enough - mask_bytes)[1]) == {"torch_fft"}
+    assert not bench_peers.peer_calls(inputs, False, enough)[1]
+    assert set(bench_peers.peer_calls(inputs, False, enough - mask_bytes)[1]) == {"torch_fft"}
 
 
 def test_free_memory_is_measured():

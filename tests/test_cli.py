@@ -14,11 +14,12 @@ import pytest
 
 from rpe_tvm import __version__, bench, cli
 from rpe_tvm import build as package
-from rpe_tvm.build import cache, manifest
+from rpe_tvm.build import cache, manifest, nvcc
 from rpe_tvm.build import compile as build
-from rpe_tvm.errors import TuningError
-from rpe_tvm.plan import backward, toeplitz, wisdom
+from rpe_tvm.errors import GpuNotFoundError, TuningError
+from rpe_tvm.plan import backward, gpu, toeplitz, wisdom
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.runtime import gpu as runtime_gpu
 from rpe_tvm.runtime import load
 
 
@@ -106,6 +107,45 @@ def test_compile_other_operators(
     wanted = [plan.choose("x86_64-haswell", n, *sizes) for n in (50, 2000)]
     assert asked == [(config, "x86_64-haswell", tmp_path) for config in wanted]
     assert [config.op for config in wanted] == [op, op] and len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_compile_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def export(config: Any, target: Any, out: Path) -> Path:
+        asked.append((config, target.id, out))
+        return out
+
+    monkeypatch.setattr(package, "export", export)
+    monkeypatch.setattr(manifest, "read", lambda path: {"library": {"bytes": 1}, "schedule": {"source": "default"}})
+    command = ["compile", "--features", "3", "--head-dim", "8", "--lengths", "50,200", "--out", str(tmp_path)]
+    assert cli.main([*command, "--target", "sm_80"]) == 0
+    assert asked == [(gpu.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]
+    assert cli.main([*command, "--target", "sm_75"]) == 1
+    assert capsys.readouterr().err.startswith("error: Unknown GPU architecture 'sm_75'")
+    assert cli.main([*command, "--target", "sm_90", "--lengths", "9999999"]) == 1
+    assert "expected at most" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--target", "sm_90", "--op", "toeplitz"])
+    assert "argument --target: expected a CPU for --op toeplitz" in capsys.readouterr().err
+
+
+def test_info_shows_nvcc_and_gpus(
+    cache_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Any:
+        raise GpuNotFoundError("No NVIDIA GPU: the driver lists none.")
+
+    monkeypatch.setattr(nvcc, "find", lambda: Path("/opt/cuda/bin/nvcc"))
+    monkeypatch.setattr(nvcc, "version", lambda: "13.0.88")
+    monkeypatch.setattr(runtime_gpu, "gpus", none)
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "nvcc            /opt/cuda/bin/nvcc 13.0.88\n" in out
+    assert "gpu             none; --target cuda compiles for sm_90. No NVIDIA GPU: the driver lists none.\n" in out
+    monkeypatch.setattr(runtime_gpu, "gpus", lambda: (runtime_gpu.Gpu("H100", "sm_90", 232448),))
+    assert cli.main(["info"]) == 0
+    assert "gpu 0           cuda-sm_90, H100, 227 KiB of shared memory for a block\n" in capsys.readouterr().out
 
 
 def test_compile_errors_are_one_message(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from rpe_tvm import targets
-from rpe_tvm.errors import BuildError
-from rpe_tvm.runtime import cpu
+from rpe_tvm.errors import BuildError, GpuNotFoundError
+from rpe_tvm.runtime import cpu, gpu
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,35 @@ def test_flags_that_all_processors_have() -> None:
     text = "processor : 0\nflags\t\t: fpu avx avx2\n\nprocessor : 1\nflags\t\t: fpu avx\nvmx flags : ept\n"
     assert cpu.parse_flags(text) == {"fpu", "avx"}
     assert cpu.parse_flags("Features : asimd") == frozenset()
+
+
+def test_gpu_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = targets.preset("sm_90")
+    assert (hopper.id, hopper.kind, hopper.arch) == ("cuda-sm_90", "cuda", "sm_90")
+    assert (hopper.architectures, hopper.max_threads, hopper.shared_bytes) == (("sm_80", "sm_90"), 1024, 227 * 1024)
+    assert targets.preset("sm_80").shared_bytes == 163 * 1024
+    assert targets.preset("sm_80").architectures == ("sm_80", "sm_90")
+    assert targets.preset("sm_120").architectures == ("sm_80", "sm_90", "sm_120")
+
+    def none() -> Any:
+        raise GpuNotFoundError("none")
+
+    monkeypatch.setattr(gpu, "gpus", none)
+    assert targets.preset("cuda") == hopper
+    monkeypatch.setattr(gpu, "gpus", lambda: (gpu.Gpu("Other", "sm_89", 0), gpu.Gpu("Another", "sm_90", 0)))
+    assert targets.preset("cuda").id == "cuda-sm_89"
+
+
+@pytest.mark.parametrize("name", ["sm_75", "sm_", "sm_90x"])
+def test_unknown_gpus(name: str) -> None:
+    with pytest.raises(BuildError, match=f"Unknown GPU architecture {name!r}: expected 'cuda' .* sm_80, .*sm_90"):
+        targets.preset(name)
+
+
+def test_tvm_target_of_a_gpu() -> None:
+    target = targets.to_tvm(targets.preset("sm_80"))
+    assert target.attrs["arch"] == "sm_80" and int(target.attrs["max_shared_memory_per_block"]) == 163 * 1024
+    assert target.host.attrs["mcpu"] == "x86-64"  # the library runs on any host
 
 
 def test_import_is_light(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:

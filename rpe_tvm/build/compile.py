@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpe_tvm.build import cache, link, manifest
+from rpe_tvm.build import cache, cuda, link, manifest
+from rpe_tvm.build.files import copy_files
 from rpe_tvm.errors import BuildError
+from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.targets import TargetSpec, to_tvm
+from rpe_tvm.targets import AnyTarget, TargetSpec, to_tvm
 
 if TYPE_CHECKING:
     import tvm
 
     from rpe_tvm.build.lower import Lowered
 
-Config = AttentionConfig | BackwardConfig | ToeplitzConfig
+Config = AttentionConfig | BackwardConfig | ToeplitzConfig | GpuAttentionConfig | TensorCoreConfig
 
 _DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
 
 
-def compile_operator(config: Config, target: TargetSpec) -> Path:
+def compile_operator(config: Config, target: AnyTarget) -> Path:
     """Compile an operator, or take it from the cache.
 
     Parameters
@@ -34,7 +37,7 @@ def compile_operator(config: Config, target: TargetSpec) -> Path:
     config
         What to compile.
     target
-        The CPU to compile for.
+        The CPU or GPU to compile for; it must be of the kind that the config is made for.
 
     Returns
     -------
@@ -44,7 +47,7 @@ def compile_operator(config: Config, target: TargetSpec) -> Path:
     Raises
     ------
     CompilerNotFoundError
-        If it is not in the cache and there is no C++ compiler.
+        If it is not in the cache and there is no C++ compiler, or no nvcc for a GPU.
     BuildError
         If it does not compile, or the cache cannot be used.
     """
@@ -52,8 +55,13 @@ def compile_operator(config: Config, target: TargetSpec) -> Path:
     return compile_module(lowered.mod, config.name, config.to_json(), target, op=config.op, schedule=lowered.schedule)
 
 
-def export(config: Config, target: TargetSpec, out_dir: str | os.PathLike[str]) -> Path:
-    """Compile an operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that."""
+def export(config: Config, target: AnyTarget, out_dir: str | os.PathLike[str]) -> Path:
+    """Compile an operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that.
+
+    Beside artefacts for GPUs it puts the libraries of TVM that run them, so that `out_dir` needs nothing of TVM's.
+    """
+    if isinstance(target, GpuTargetSpec):
+        cuda.pack_runtime(Path(out_dir))
     return copy_artefact(compile_operator(config, target), Path(out_dir) / config.name / target.id)
 
 
@@ -71,7 +79,7 @@ def compile_module(
     mod: tvm.IRModule,
     name: str,
     config: Mapping[str, Any],
-    target: TargetSpec,
+    target: AnyTarget,
     *,
     op: str = "attention",
     schedule: Mapping[str, Any] = _DEFAULT_SCHEDULE,
@@ -87,7 +95,7 @@ def compile_module(
     config
         JSON values for the manifest.
     target
-        The CPU to compile for.
+        The CPU or GPU to compile for.
     op
         Name of the operator.
     schedule
@@ -101,12 +109,12 @@ def compile_module(
             "tir": mod.script(show_meta=True),
             "target": str(tvm_target),
             "versions": manifest.versions(),
-            "link": link.fingerprint(),
-            "manifest": [manifest.FORMAT, op, name, config, schedule, list(target.features)],
+            "link": cuda.fingerprint(target) if isinstance(target, GpuTargetSpec) else link.fingerprint(),
+            "manifest": [manifest.FORMAT, op, name, config, schedule, target.to_json()],
         }
     )
 
-    def expected(directory: Path) -> dict[str, Any]:
+    def expected(directory: Path, device: Mapping[str, Any] | None) -> dict[str, Any]:
         return manifest.make(
             op=op,
             config=config,
@@ -114,18 +122,20 @@ def compile_module(
             schedule=schedule,
             functions=functions,
             library=directory / manifest.LIBRARY,
+            device=device,
         )
 
     def is_whole(directory: Path) -> bool:
-        return manifest.read(directory) == expected(directory)
+        found = manifest.read(directory)
+        return found == expected(directory, found.get("device"))
 
     def build(directory: Path) -> None:
-        link.find_compiler()  # before the compilation, which takes longer than to notice that there is none
-        with tempfile.TemporaryDirectory() as scratch:
-            code = Path(scratch) / "code.o"
-            _compile(mod, tvm_target, name).write_to_file(str(code))
-            link.link(code, directory / manifest.LIBRARY)
-        manifest.write(directory, expected(directory))
+        library, device = directory / manifest.LIBRARY, None
+        if isinstance(target, GpuTargetSpec):
+            device = cuda.build(mod, target, tvm_target, name, library)
+        else:
+            _build_for_cpu(mod, tvm_target, name, library)
+        manifest.write(directory, expected(directory, device))
 
     return cache.entry(Path("artefacts") / name / target.id / key, is_whole, build)
 
@@ -146,27 +156,38 @@ def copy_artefact(artefact: Path, destination: Path) -> Path:
 
     A library that a process has loaded from there stays as it is for that process.
     """
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=destination, prefix=".copy-") as staging:
-            for file in (manifest.LIBRARY, manifest.FILE):
-                shutil.copyfile(artefact / file, Path(staging) / file)
-            for file in (manifest.LIBRARY, manifest.FILE):
-                os.replace(Path(staging) / file, destination / file)
-    except OSError as error:
-        raise BuildError(f"Could not write the compiled library to {destination}: {error}") from error
-    return destination
+    return copy_files(artefact, (manifest.LIBRARY, manifest.FILE), destination)
 
 
-def _lower(config: Config, target: TargetSpec) -> Lowered:
+def _lower(config: Config, target: AnyTarget) -> Lowered:
     # Not at the top: they import tvm, and the cache and the linker need none.
-    from rpe_tvm.build import lower, lower_backward, lower_toeplitz
+    from rpe_tvm.build import lower, lower_backward, lower_gpu, lower_tensor_cores, lower_toeplitz
 
+    if isinstance(config, GpuAttentionConfig | TensorCoreConfig):
+        if isinstance(target, GpuTargetSpec):
+            if isinstance(config, TensorCoreConfig):
+                return lower_tensor_cores.lower(config)
+            return lower_gpu.lower(config)
+        raise BuildError(
+            f"The config {config.name} is for GPUs, and the target {target.id} is none: expected cuda-sm_*."
+        )
+    if isinstance(target, GpuTargetSpec):
+        raise BuildError(
+            f"The config {config.name} is for CPUs, and the target {target.id} is none: expected x86_64-*."
+        )
     if isinstance(config, ToeplitzConfig):
         return lower_toeplitz.lower(config)
     if isinstance(config, BackwardConfig):
         return lower_backward.lower(config, target)
     return lower.lower(config, target)
+
+
+def _build_for_cpu(mod: tvm.IRModule, target: tvm.target.Target, name: str, library: Path) -> None:
+    link.find_compiler()  # before the compilation, which takes longer than to notice that there is none
+    with tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch) / "code.o"
+        _compile(mod, target, name).write_to_file(str(code))
+        link.link(code, library)
 
 
 def _function_names(mod: tvm.IRModule) -> list[str]:

@@ -1,5 +1,5 @@
-"""Links compiled code with our backend hooks (addon.cc) into a shared library, with the machine's C++
-compiler."""
+"""Links compiled code with our backend hooks (addon.cc), or with device code, into a shared library, with the
+machine's C++ compiler."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rpe_tvm.errors import BuildError, CompilerNotFoundError
 ADDON = Path(__file__).with_name("addon.cc")
 ADDON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp")
 LINK_FLAGS = ("-shared", "-fPIC", "-fopenmp", "-Wl,--strip-debug")
+DEVICE_LINK_FLAGS = ("-shared", "-fPIC", "-Wl,--strip-debug")
 
 # What addon.cc defines. TVM's code may refer to more hooks; without a definition they are null pointers.
 _HOOKS = frozenset(
@@ -26,6 +27,18 @@ _HOOKS = frozenset(
         b"__TVMBackendFreeWorkspace",
     )
 )
+
+# Where TVM's loader looks for what a library brings along besides host code.
+_DATA_SYMBOL = """\
+    .section .rodata
+    .globl __tvm_ffi__library_bin
+    .type __tvm_ffi__library_bin, @object
+    .balign 16
+__tvm_ffi__library_bin:
+    .incbin "{path}"
+    .size __tvm_ffi__library_bin, . - __tvm_ffi__library_bin
+    .section .note.GNU-stack,"",@progbits
+"""
 
 
 def find_compiler() -> list[str]:
@@ -70,6 +83,19 @@ def link(code: Path, library: Path) -> None:
         raise BuildError(f"Compiled code calls {names} of libtvm_runtime, which {ADDON.name} does not replace.")
     compiler = find_compiler()
     _call([*compiler, *LINK_FLAGS, "-o", str(library), str(code), str(_addon_object(compiler))])
+
+
+def link_with_device(code: Path, data: Path, library: Path) -> None:
+    """Link host code and packed device code (`rpe_tvm.build.device_code.blob`) into the shared library `library`."""
+    hooks = {name.decode() for name in re.findall(rb"__TVMBackend\w+", code.read_bytes())}
+    if hooks:
+        raise BuildError(
+            f"Host code of a GPU library calls {', '.join(sorted(hooks))}: it may only check arguments and launch "
+            "kernels. Intermediate arrays have to be arguments."
+        )
+    assembly = data.with_suffix(".s")
+    assembly.write_text(_DATA_SYMBOL.format(path=data), encoding="utf-8")
+    _call([*find_compiler(), *DEVICE_LINK_FLAGS, "-o", str(library), str(code), str(assembly)])
 
 
 def _addon_object(compiler: list[str]) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rpe_tvm import __version__
 from rpe_tvm.errors import BuildError
-from rpe_tvm.targets import TargetSpec
+from rpe_tvm.targets import AnyTarget
 
 FORMAT = 1  # of what `make` returns; rpe_tvm.runtime.load reads this format and no other
 FILE = "manifest.json"
@@ -53,10 +53,11 @@ def make(
     *,
     op: str,
     config: Mapping[str, Any],
-    target: TargetSpec,
+    target: AnyTarget,
     schedule: Mapping[str, Any],
     functions: Iterable[str],
     library: Path,
+    device: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest of the library at `library`.
 
@@ -74,21 +75,19 @@ def make(
         Names of its functions.
     library
         The compiled library; the manifest stands beside it.
+    device
+        Of a library for GPUs, what `rpe_tvm.build.cuda.build` says of its device code.
     """
     return {
         "format": FORMAT,
         "op": op,
         "config": dict(config),
-        "target": {
-            "id": target.id,
-            "kind": target.kind,
-            "mcpu": target.mcpu,
-            "cpu_features": list(target.features),
-        },
+        "target": target.to_json(),
         "versions": versions(),
         "schedule": dict(schedule),
         "library": {"file": library.name, "sha256": sha256(library), "bytes": library.stat().st_size},
         "functions": sorted(functions),
+        **({} if device is None else {"device": dict(device)}),
     }
 
 

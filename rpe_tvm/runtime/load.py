@@ -13,22 +13,25 @@ from typing import Any
 import tvm_ffi
 
 from rpe_tvm import __version__
-from rpe_tvm.errors import ArtefactError
+from rpe_tvm.errors import ArtefactError, GpuNotFoundError
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.runtime import toeplitz
+from rpe_tvm.runtime import toeplitz, tvm_runtime
 from rpe_tvm.runtime.cpu import cpu_flags
+from rpe_tvm.runtime.gpu import gpus
+from rpe_tvm.runtime.gpu_operator import GpuInstance, config_from_json, function_names
 from rpe_tvm.runtime.operator import FUNCTIONS, Attention, Functions, Instance, backward_functions
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-# Operator -> its config, and the names of the functions for a config.
-_OPERATORS: dict[str, tuple[Any, Callable[[Any], tuple[str, ...]]]] = {
-    "attention": (AttentionConfig, lambda config: FUNCTIONS),
-    "backward": (BackwardConfig, backward_functions),
-    "toeplitz": (ToeplitzConfig, lambda config: toeplitz.FUNCTIONS),
+# Operator and TVM's kind of target -> how its config is read, and the functions of one.
+_OPERATORS: dict[tuple[str, str], tuple[Callable[[dict[str, Any]], Any], Callable[[Any], tuple[str, ...]]]] = {
+    ("attention", "llvm"): (AttentionConfig.from_json, lambda config: FUNCTIONS),
+    ("backward", "llvm"): (BackwardConfig.from_json, backward_functions),
+    ("toeplitz", "llvm"): (ToeplitzConfig.from_json, lambda config: toeplitz.FUNCTIONS),
+    ("attention", "cuda"): (config_from_json, function_names),
 }
 
 
@@ -41,10 +44,23 @@ class _Unfit(Exception):
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    """Which operator is looked for, and of a GPU operator for which GPU."""
+
+    op: str
+    kind: str = "llvm"
+    gpu_index: int = 0
+
+
+@dataclass(frozen=True)
 class _Candidate:
+    """A library that can run here; of several for one config, that with the highest `fit` is taken."""
+
     config: Any
     library: Path
-    cpu_features: frozenset[str]
+    functions: tuple[str, ...]
+    fit: int
+    tvm_version: str
 
 
 def load(path: str | os.PathLike[str]) -> Attention:
@@ -71,7 +87,7 @@ def load(path: str | os.PathLike[str]) -> Attention:
         If nothing is there, something is damaged, or a length has no library that this machine can run;
         `reasons` has one line for each refused candidate.
     """
-    chosen = _candidates(Path(path), "attention")
+    chosen = _candidates(Path(path), _Wanted("attention"))
     kinds = sorted({(c.config.num_features, c.config.head_dim) for c in chosen})
     if len(kinds) > 1:
         raise ArtefactError(
@@ -83,25 +99,43 @@ def load(path: str | os.PathLike[str]) -> Attention:
 
 def load_backward(path: str | os.PathLike[str]) -> Instance:
     """Load the compiled gradients of attention of one length under `path`; as `load`."""
-    chosen = _only(path, "backward")
+    chosen = _only(path, _Wanted("backward"))
     return Instance.of(chosen.config, _open(chosen))
 
 
 def load_toeplitz(path: str | os.PathLike[str]) -> toeplitz.ToeplitzInstance:
     """Load the compiled Toeplitz product of one length under `path`; as `load`."""
-    chosen = _only(path, "toeplitz")
+    chosen = _only(path, _Wanted("toeplitz"))
     return toeplitz.ToeplitzInstance.of(chosen.config, _open(chosen))
 
 
-def _only(path: str | os.PathLike[str], op: str) -> _Candidate:
-    chosen = _candidates(Path(path), op)
+def load_gpu(path: str | os.PathLike[str], gpu_index: int = 0) -> GpuInstance:
+    """Load the compiled attention of one length for an NVIDIA GPU under `path`; as `load`.
+
+    The library is checked against the GPU's architecture and shared memory. TVM's runtime for CUDA is loaded with the
+    first one, see `rpe_tvm.runtime.tvm_runtime`; torch, if it is used, has to be imported before.
+
+    Parameters
+    ----------
+    path
+        An artefact, or a directory of artefacts that holds one length.
+    gpu_index
+        Which GPU it has to run on, as torch counts them. What is loaded runs on all GPUs of the same architecture.
+    """
+    chosen = _only(path, _Wanted("attention", "cuda", gpu_index))
+    tvm_runtime.load_cuda(chosen.library.absolute().parents[2], chosen.tvm_version)
+    return GpuInstance(chosen.config, _open(chosen))
+
+
+def _only(path: str | os.PathLike[str], wanted: _Wanted) -> _Candidate:
+    chosen = _candidates(Path(path), wanted)
     if len(chosen) > 1:
         names = ", ".join(candidate.config.name for candidate in chosen)
         raise ArtefactError(f"Several operators under {path}: expected the directory of one, got {names}.")
     return chosen[0]
 
 
-def _candidates(top: Path, op: str) -> list[_Candidate]:
+def _candidates(top: Path, wanted: _Wanted) -> list[_Candidate]:
     """Return the best library of each length of an operator under `top`; other operators may lie beside it."""
     manifests = [found for depth in ("", "*/", "*/*/") for found in sorted(top.glob(depth + MANIFEST))]
     if not manifests:
@@ -116,7 +150,7 @@ def _candidates(top: Path, op: str) -> list[_Candidate]:
     for manifest in manifests:
         directory = manifest.parent
         try:
-            candidate = _check(directory, op)
+            candidate = _check(directory, wanted)
             if candidate is not None:
                 accepted.append(candidate)
         except _Broken as reason:
@@ -133,17 +167,18 @@ def _candidates(top: Path, op: str) -> list[_Candidate]:
             refused,
         )
     if not accepted:
-        raise ArtefactError(f"No compiled operator {op!r} under {top}: only others are there.")
+        where = "" if wanted.kind == "llvm" else f" for {wanted.kind}"
+        raise ArtefactError(f"No compiled operator {wanted.op!r}{where} under {top}: only others are there.")
     best: dict[str, _Candidate] = {}
     for each in accepted:
         rival = best.setdefault(each.config.name, each)
-        if len(each.cpu_features) > len(rival.cpu_features):
+        if each.fit > rival.fit:
             best[each.config.name] = each
     return list(best.values())
 
 
-def _check(directory: Path, op: str) -> _Candidate | None:
-    """Return what the directory holds, None if it is another operator than `op`."""
+def _check(directory: Path, wanted: _Wanted) -> _Candidate | None:
+    """Return what the directory holds, None if it is another operator than `wanted`."""
     try:
         fields = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -152,18 +187,21 @@ def _check(directory: Path, op: str) -> _Candidate | None:
         raise _Broken(f"{MANIFEST} is no manifest of rpe_tvm")
     if fields["format"] != FORMAT:
         raise _Unfit(f"format {fields['format']!r}, this rpe_tvm {__version__} reads format {FORMAT}")
-    found = fields.get("op")
-    if found not in _OPERATORS:
-        raise _Unfit(f"operator {found!r}, this rpe_tvm {__version__} knows {', '.join(map(repr, _OPERATORS))}")
-    if found != op:
+    try:
+        op, target = str(fields["op"]), dict(fields["target"])
+        kind = str(target["kind"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Broken(f"{MANIFEST} is incomplete: {error!r}") from error
+    if (op, kind) not in _OPERATORS:
+        known = ", ".join(f"{op!r} for {kind}" for op, kind in _OPERATORS)
+        raise _Unfit(f"operator {op!r} for {kind}, this rpe_tvm {__version__} knows {known}")
+    if (op, kind) != (wanted.op, wanted.kind):
         return None
-    config_class, names_of = _OPERATORS[op]
+    read_config, names_of = _OPERATORS[op, kind]
     try:
         library = directory / Path(str(fields["library"]["file"])).name
         sha256 = str(fields["library"]["sha256"])
         versions = {str(name): str(version) for name, version in fields["versions"].items()}
-        target = str(fields["target"]["id"])
-        needed = frozenset(map(str, fields["target"]["cpu_features"]))
         functions = set(fields["functions"])
         config_fields = dict(fields["config"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -173,18 +211,57 @@ def _check(directory: Path, op: str) -> _Candidate | None:
         built = versions.get(package, "unknown")
         if _minor(built) != _minor(installed):
             raise _Unfit(f"built with {package} {built}, installed is {installed} (both must be {_minor(installed)}.*)")
-    have = cpu_flags()
-    if not needed <= have:
-        lacking = ", ".join(sorted(needed - have)) if have else "flags in /proc/cpuinfo, which cannot be read"
-        raise _Unfit(f"compiled for {target}, and this CPU lacks {lacking}")
     try:
-        config = config_class.from_json(config_fields)
+        fit = _fit_of_cpu(target) if kind == "llvm" else _fit_of_gpu(target, fields["device"], wanted.gpu_index)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Broken(f"{MANIFEST} is incomplete: {error!r}") from error
+    try:
+        config = read_config(config_fields)
     except (TypeError, ValueError) as error:
         raise _Broken(f"{MANIFEST} has no usable config: {error}") from error
-    missing = [name for name in names_of(config) if name not in functions]
+    names = names_of(config)
+    missing = [name for name in names if name not in functions]
     if missing:
         raise _Broken(f"the library has no function {', '.join(missing)}")
-    return _Candidate(config, library, needed)
+    return _Candidate(config, library, names, fit, versions.get("apache-tvm", "unknown"))
+
+
+def _fit_of_cpu(target: dict[str, Any]) -> int:
+    """How many of this CPU's features a library uses; raises `_Unfit` if it needs others."""
+    needed, have = frozenset(map(str, target["cpu_features"])), cpu_flags()
+    if not needed <= have:
+        lacking = ", ".join(sorted(needed - have)) if have else "flags in /proc/cpuinfo, which cannot be read"
+        raise _Unfit(f"compiled for {target['id']}, and this CPU lacks {lacking}")
+    return len(needed)
+
+
+def _fit_of_gpu(target: dict[str, Any], device: dict[str, Any], gpu_index: int) -> int:
+    """The architecture that a library was tuned for, if a GPU of this machine can run it; else raises `_Unfit`."""
+    architectures = [str(arch) for arch in device["architectures"]]
+    ptx, shared_bytes, tuned_for = str(device["ptx"]), int(device["shared_bytes"]), _capability(str(target["arch"]))
+    try:
+        found = gpus()
+    except GpuNotFoundError as error:
+        raise _Unfit(f"compiled for GPUs ({', '.join(architectures)}). {error}") from error
+    if not 0 <= gpu_index < len(found):
+        raise _Unfit(f"compiled for GPUs, and this process has no GPU {gpu_index}: it has {len(found)}")
+    gpu = found[gpu_index]
+    here = _capability(gpu.arch)
+    # Machine code runs on its own and on later minor versions of its major version, PTX on everything later.
+    if not any(arch // 10 == here // 10 and arch <= here for arch in map(_capability, architectures)) and not (
+        _capability(ptx) <= here
+    ):
+        raise _Unfit(f"compiled for {', '.join(architectures)} and later, GPU {gpu_index} ({gpu.name}) is {gpu.arch}")
+    if shared_bytes > gpu.shared_bytes:
+        raise _Unfit(
+            f"needs {shared_bytes} bytes of shared memory for each block, GPU {gpu_index} ({gpu.name}) has "
+            f"{gpu.shared_bytes}"
+        )
+    return tuned_for if tuned_for <= here else -tuned_for
+
+
+def _capability(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
 
 
 def _check_file(library: Path, sha256: str) -> None:
@@ -204,11 +281,10 @@ def _minor(version: str) -> str:
 
 
 def _open(candidate: _Candidate) -> Functions:
-    library = candidate.library.resolve()
-    _, names_of = _OPERATORS[candidate.config.op]
+    library, names = candidate.library.resolve(), candidate.functions
     try:
         module = tvm_ffi.load_module(str(library))
-        return {name: module[name] for name in names_of(candidate.config)}
+        return {name: module[name] for name in names}
     except (RuntimeError, OSError, AttributeError, KeyError) as error:
         hint = ""
         if "libgomp" in str(error):

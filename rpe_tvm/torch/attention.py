@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
+from rpe_tvm.plan import gpu_choice
 from rpe_tvm.torch import operators as operators  # registers torch.ops.rpe_tvm.*
 from rpe_tvm.torch.core import toeplitz_attention
+from rpe_tvm.torch.devices import check_device
 from rpe_tvm.torch.feature_maps import COMPILED, FeatureMap, FeatureMapFunction
 from rpe_tvm.torch.padding import without_padding
 
@@ -34,7 +36,7 @@ def kernelized_attention(
     Parameters
     ----------
     query : Tensor
-        ``[B, H, n_q, d]``, float32, bfloat16 or float16, on the CPU.
+        ``[B, H, n_q, d]``, float32, bfloat16 or float16, on the CPU or an NVIDIA GPU, which all tensors share.
     key, value : Tensor
         ``[B, H_kv, n_k, d]``, of the same kind; n_k may differ from n_q. H_kv divides H, and each head of key and
         value serves H / H_kv consecutive heads of query.
@@ -56,29 +58,45 @@ def kernelized_attention(
     Raises
     ------
     ShapeError, DTypeError, ValueError, TypeError
-        If the arguments do not fit together, are not on the CPU, or the feature map is none.
+        If the arguments do not fit together, are on another device, or the feature map is none.
+    GpuGradientError
+        If gradients are asked for on a GPU, where there are none yet.
 
     Notes
     -----
-    Everything is computed in float32, also under ``torch.autocast``; each gradient has the dtype of its tensor.
+    Everything is computed in float32, also under ``torch.autocast``; each gradient has the dtype of its tensor. Only on
+    GPUs, bfloat16 and float16 are multiplied by tensor cores where head_dim is a multiple of 8: features and weighted
+    scores are then rounded to that dtype, sums are float32.
 
     Views (slices, transposes) whose last axis is contiguous are read in place. The first call for a length
     compiles the kernel, or takes it from the cache on disk, see `rpe_tvm.torch.use_artefacts`.
+
+    On a GPU everything runs on torch's current stream, and nothing waits for it but the check of key_lengths.
     """
     _check_inputs(query, key, value, rpe_bias)
-    _check_feature_map(feature_map, query.dtype)
+    _check_feature_map(feature_map, query)
     group = query.shape[1] // max(key.shape[1], 1)
-    q, k, v, b = query.float(), key.float(), value.float(), rpe_bias.float()
+    fused = cast(FeatureMap, feature_map) if type(feature_map) in COMPILED and key_lengths is None else None
+    if fused is not None and _on_tensor_cores(query, key, fused):
+        q, k, v, b = query, key, value, rpe_bias.float()
+    else:
+        q, k, v, b = query.float(), key.float(), value.float(), rpe_bias.float()
     if group != 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    if type(feature_map) in COMPILED and key_lengths is None:
-        fused = cast(FeatureMap, feature_map)
+    if fused is not None:
         out = torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, fused.projection.float(), fused.name, is_causal)
     else:
         # Autocast would compute the features, and the attention on them, in half precision.
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             out = _on_features(q, k, v, b, feature_map, is_causal, key_lengths)
     return cast(Tensor, out.to(query.dtype))
+
+
+def _on_tensor_cores(query: Tensor, key: Tensor, feature_map: FeatureMap) -> bool:
+    """Whether there is a kernel for 16-bit numbers as they are."""
+    n = max(query.shape[2], key.shape[2])
+    dtype = operators.dtype_name(query.dtype)
+    return query.is_cuda and gpu_choice.is_direct(n, feature_map.num_features, query.shape[3], dtype)
 
 
 def _on_features(
@@ -93,7 +111,7 @@ def _on_features(
     """Attention whose features are computed in torch."""
     kept = None
     if key_lengths is not None:
-        _check_device("key_lengths", key_lengths)
+        check_device("key_lengths", key_lengths, q)
         k, v, kept = without_padding(k, v, key_lengths)
     if q.numel() == 0 or k.shape[2] == 0:
         return q @ k.mT @ v + b[:, :0].sum()  # no sum has a term: empty or zeros, and a gradient of zeros
@@ -120,35 +138,27 @@ def _features(feature_map: FeatureMapFunction, q: Tensor, k: Tensor) -> tuple[Te
     return pair[0].float(), pair[1].float()
 
 
-def _check_feature_map(feature_map: object, dtype: torch.dtype) -> None:
+def _check_feature_map(feature_map: object, query: Tensor) -> None:
     if isinstance(feature_map, type) or not callable(feature_map):
         raise TypeError(
             f"Invalid feature_map: expected {' or '.join(f'{kind.__name__}(projection)' for kind in COMPILED)} of "
             f"rpe_tvm.torch, or another callable (query, key) -> (phi_q, phi_k), got {feature_map!r}."
         )
     if isinstance(feature_map, FeatureMap):
-        _check_either("the projection", feature_map.projection, dtype)
+        _check_either("the projection", feature_map.projection, query)
 
 
-def _check_either(name: str, x: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless x is float32 or of query's dtype, and on the CPU."""
-    _check_device(name, x)
-    if x.dtype not in (torch.float32, dtype):
-        either = "torch.float32" if dtype == torch.float32 else f"torch.float32 or {dtype} as query has"
+def _check_either(name: str, x: Tensor, query: Tensor) -> None:
+    """Raise unless x is float32 or of query's dtype, and on query's device."""
+    check_device(name, x, query)
+    if x.dtype not in (torch.float32, query.dtype):
+        either = "torch.float32" if query.dtype == torch.float32 else f"torch.float32 or {query.dtype} as query has"
         raise DTypeError(f"Invalid dtype of {name}: expected {either}, got {x.dtype}. Convert it with .float().")
-
-
-def _check_device(name: str, x: Tensor) -> None:
-    if not x.is_cpu:
-        raise ValueError(
-            f"Invalid device of {name}: expected a CPU tensor, got one on {x.device}. rpe_tvm runs on x86 CPUs so "
-            "far: move it with .cpu()."
-        )
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, rpe_bias: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
-        _check_device(name, x)
+        check_device(name, x, query)
         if x.dtype not in _DTYPES:
             raise DTypeError(
                 f"Invalid dtype of {name}: expected torch.float32, torch.bfloat16 or torch.float16, got {x.dtype}. "
@@ -160,7 +170,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, rpe_bias: Tensor) -
             )
         if x.dim() != 4:
             raise ShapeError(f"Invalid shape of {name}: expected [B, H, n, d], got {list(x.shape)}.")
-    _check_either("rpe_bias", rpe_bias, query.dtype)
+    _check_either("rpe_bias", rpe_bias, query)
     batch, heads, n_q, head_dim = query.shape
     if head_dim == 0:
         raise ShapeError(f"Invalid shape of query: expected a head_dim of at least 1, got {list(query.shape)}.")

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rpe_tvm.errors import ShapeError
 from rpe_tvm.plan.twiddles import weight_table_shape
+from rpe_tvm.torch import cuda
 from rpe_tvm.torch.backward import attention_backward, refuse_second_gradients
-from rpe_tvm.torch.dispatch import get_backward, get_operator
+from rpe_tvm.torch.dispatch import get_backward, get_gpu_operator, get_operator
 from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, pack_features, scratch_tensor, unpack_features
 from rpe_tvm.torch.operators import check_tensor
 
@@ -31,7 +32,7 @@ torch.library.define(
 def toeplitz_attention(
     phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, *, is_causal: bool = False
 ) -> Tensor:
-    """Attention whose features are given (Luo 2021, Eq. 10), with gradients for all four tensors.
+    """Attention whose features are given (Luo 2021, Eq. 10), with gradients for all four tensors on the CPU.
 
     ``out_i = sum_j c[j-i] (phi_q_i . phi_k_j) v_j / sum_j c[j-i] (phi_q_i . phi_k_j)`` with ``c = exp(rpe_bias)``.
     A row whose denominator is 0, because no key that it sees has a feature in common with it, is 0 and passes no
@@ -40,7 +41,7 @@ def toeplitz_attention(
     Parameters
     ----------
     phi_q : Tensor
-        ``[B, H, n_q, m]``, float32, on the CPU.
+        ``[B, H, n_q, m]``, float32, on the CPU or an NVIDIA GPU, which all four tensors share.
     phi_k : Tensor
         ``[B, H, n_k, m]``. A key whose features are 0 is not attended to.
     value : Tensor
@@ -58,7 +59,7 @@ def toeplitz_attention(
     Raises
     ------
     ShapeError, DTypeError, ValueError
-        If the arguments do not fit together or are not on the CPU.
+        If the arguments do not fit together or are on another device.
     """
     out, _ = torch.ops.rpe_tvm.toeplitz_attention(phi_q, phi_k, value, rpe_bias, is_causal)
     return cast(Tensor, out)
@@ -67,7 +68,7 @@ def toeplitz_attention(
 def _check(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor) -> None:
     dims = {"phi_q": "[B, H, n_q, m]", "phi_k": "[B, H, n_k, m]", "value": "[B, H, n_k, d]", "rpe_bias": "[H, n]"}
     for (name, expected), x in zip(dims.items(), (phi_q, phi_k, value, rpe_bias), strict=True):
-        check_tensor(name, x, expected)
+        check_tensor(name, x, expected, phi_q)
     batch, heads, n_q, m = phi_q.shape
     n_k, d = value.shape[2:]
     if m == 0 or d == 0:
@@ -130,6 +131,23 @@ def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_c
         sees_none |= _is_zero_over_zero(out, phi_q, phi_k, value)
         out.masked_fill_(sees_none, 0.0)
     return out, sees_none
+
+
+def _forward_cuda(
+    phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    _check(phi_q, phi_k, value, rpe_bias)
+    batch, heads, n_q, m = phi_q.shape
+    n_k, d = value.shape[2:]
+    out = value.new_zeros(batch, heads, n_q, d)
+    if out.numel() == 0 or n_k == 0:
+        return out, out.new_ones(batch, heads, n_q, 1, dtype=torch.bool)
+    instance = get_gpu_operator(value.device.index, max(n_q, n_k), m, d)
+    bias = rpe_bias.contiguous()
+    cuda.attention_on_features(instance, phi_q, phi_k, last_axis_contiguous(value), bias, out, is_causal=is_causal)
+    # always, not only where out has a NaN: to look would wait for the GPU
+    sees_none = _sees_none(phi_q, phi_k, is_causal) | _is_zero_over_zero(out, phi_q, phi_k, value)
+    return out.masked_fill_(sees_none, 0.0), sees_none
 
 
 def _backward(
@@ -198,7 +216,9 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 torch.library.impl("rpe_tvm::toeplitz_attention", "CompositeExplicitAutograd", _forward)
+torch.library.impl("rpe_tvm::toeplitz_attention", "CUDA", _forward_cuda)
 torch.library.impl("rpe_tvm::toeplitz_attention_backward", "CompositeExplicitAutograd", _backward)
+torch.library.impl("rpe_tvm::toeplitz_attention_backward", "CUDA", cuda.refuse_gradients)
 torch.library.register_fake("rpe_tvm::toeplitz_attention", _fake_forward)
 torch.library.register_fake("rpe_tvm::toeplitz_attention_backward", _fake_backward)
 torch.library.register_autograd("rpe_tvm::toeplitz_attention", _gradients, setup_context=_setup_context)

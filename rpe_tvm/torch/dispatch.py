@@ -11,26 +11,24 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rpe_tvm.errors import ArtefactError, BuildError, CompilerNotFoundError
-from rpe_tvm.plan import backward, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu_choice, toeplitz, wisdom
 from rpe_tvm.plan.buckets import bucket_length
-from rpe_tvm.runtime import Instance, ToeplitzInstance, load, load_backward, load_toeplitz
+from rpe_tvm.runtime import GpuInstance, Instance, ToeplitzInstance, load, load_backward, load_gpu, load_toeplitz
+from rpe_tvm.runtime.gpu import gpus
 from rpe_tvm.runtime.operator import Functions
-
-if TYPE_CHECKING:
-    from rpe_tvm.targets import TargetSpec
 
 ARTEFACTS_VARIABLE = "RPE_TVM_ARTEFACTS"
 
-# The name of a config: its kind, such as attention-m32-d64 or toeplitz-d64, and its length.
-_NAME = re.compile(r"((?:attention|backward)-m\d+-d\d+|toeplitz-d\d+)-n(\d+)")
+# The name of a config: its kind, such as attention-m32-d64 or toeplitz-d64, its length, and on GPUs its dtype.
+_NAME = re.compile(r"((?:attention|backward)-m\d+-d\d+|toeplitz-d\d+)-n(\d+)(-(?:float32|bfloat16|float16))?")
 
 T = TypeVar("T")
 
 _lock = threading.Lock()
-_loaded: dict[tuple[str, int], Any] = {}  # (kind, bucket) -> operator
+_loaded: dict[tuple[str, str, int], Any] = {}  # (kind, target, bucket) -> operator
 _warned: set[str] = set()
 _artefacts: Path | None = None
 
@@ -43,21 +41,24 @@ class _Kind(Generic[T]):
     ----------
     name : str
         Its configs' names without the length.
+    target : str
+        For `rpe_tvm.targets.preset`.
     options : str
         Of ``python -m rpe_tvm compile``, without lengths.
     load : callable
         Path of an artefact and its length -> operator.
     choose : callable
         Target and bucket -> config.
-    wrap : callable
-        Config and functions -> operator.
+    wrap : callable or None
+        Config and functions compiled in memory -> operator. None where libraries cannot be compiled in memory.
     """
 
     name: str
     options: str
     load: Callable[[Path, int], T]
-    choose: Callable[[TargetSpec, int], Any]
-    wrap: Callable[[Any, Functions], T]
+    choose: Callable[[Any, int], Any]
+    wrap: Callable[[Any, Functions], T] | None
+    target: str = "x86"
 
 
 def use_artefacts(directory: str | os.PathLike[str] | None) -> None:
@@ -144,8 +145,33 @@ def get_toeplitz(n: int, head_dim: int) -> ToeplitzInstance:
     )
 
 
+def get_gpu_operator(gpu_index: int, n: int, num_features: int, head_dim: int, dtype: str = "float32") -> GpuInstance:
+    """The compiled attention for n positions on a GPU; as `get_operator`.
+
+    Parameters
+    ----------
+    gpu_index : int
+        The GPU, as torch counts them.
+    n, num_features, head_dim : int
+        As of `get_operator`.
+    dtype : str
+        Of query, key, value and the output.
+    """
+    return _get(
+        _Kind(
+            name=f"attention-m{num_features}-d{head_dim}-{dtype}",
+            options=f"--op attention --features {num_features} --head-dim {head_dim} --target cuda --dtype {dtype}",
+            load=lambda path, length: load_gpu(path, gpu_index),
+            choose=lambda target, bucket: gpu_choice.choose(bucket, num_features, head_dim, dtype),
+            wrap=None,
+            target=gpus()[gpu_index].arch,
+        ),
+        gpu_choice.bucket(n, dtype),
+    )
+
+
 def _get(kind: _Kind[T], bucket: int) -> T:
-    key = (kind.name, bucket)
+    key = (kind.name, kind.target, bucket)
     found: T | None = _loaded.get(key)
     if found is None:
         with _lock:
@@ -165,11 +191,13 @@ def _from_artefacts(kind: _Kind[T], bucket: int) -> T | None:
     directory = _artefact_directory()
     if directory is None:
         return None
-    lengths = [length for name, length in _artefact_names(directory) if name == kind.name and length >= bucket]
-    if not lengths:
+    found = [
+        (length, path) for name, length, path in _artefact_names(directory) if name == kind.name and length >= bucket
+    ]
+    if not found:
         return None
-    length = min(lengths)
-    return kind.load(directory / f"{kind.name}-n{length}", length)
+    length, path = min(found)
+    return kind.load(path, length)
 
 
 def _artefact_directory() -> Path | None:
@@ -177,16 +205,17 @@ def _artefact_directory() -> Path | None:
     return _artefacts or (Path(named) if named else None)
 
 
-def _artefact_names(directory: Path) -> list[tuple[str, int]]:
-    """The artefacts in `directory` as (kind, length); their subdirectories are named ``<kind>-n<length>``."""
+def _artefact_names(directory: Path) -> list[tuple[str, int, Path]]:
+    """The artefacts in `directory` as (kind, length, path), read from the names of its subdirectories."""
     try:
-        names = [each.name for each in directory.iterdir() if each.is_dir()]
+        paths = [each for each in directory.iterdir() if each.is_dir()]
     except OSError as error:
         raise ArtefactError(
             f"Cannot read the directory of compiled operators {directory} (from use_artefacts or "
             f"{ARTEFACTS_VARIABLE}): {error.strerror}."
         ) from error
-    found = [(match[1], int(match[2])) for match in map(_NAME.fullmatch, names) if match is not None]
+    named = [(_NAME.fullmatch(path.name), path) for path in paths]
+    found = [(match[1] + (match[3] or ""), int(match[2]), path) for match, path in named if match is not None]
     if not found:
         raise ArtefactError(
             f"No compiled operator in {directory} (from use_artefacts or {ARTEFACTS_VARIABLE}): expected "
@@ -209,21 +238,23 @@ def _compiled(kind: _Kind[T], bucket: int) -> T:
         ) from error
     from rpe_tvm.build import shortcut
 
-    key = shortcut.key_of_call(kind.name, bucket)
+    key = shortcut.key_of_call(kind.name if kind.target == "x86" else f"{kind.name} {kind.target}", bucket)
     known = shortcut.look_up(key)
     if known is not None:
         with contextlib.suppress(ArtefactError):  # damaged: the cache builds it again
             return _from_cache(kind, known, bucket)
-    target = targets.detect()
+    target = targets.preset(kind.target)
     config = kind.choose(target, bucket)
     try:
         path = build.compile_operator(config, target)
     except CompilerNotFoundError as error:
+        if kind.wrap is None:
+            raise
         _warn_once(
             "no compiler",
             f"{error} Until then, kernels are compiled in memory, again in every process.",
         )
-        return kind.wrap(config, build.in_memory(config, target))
+        return kind.wrap(config, build.in_memory(config, targets.detect()))
     shortcut.remember(key, path)
     return _from_cache(kind, path, bucket)
 
@@ -231,7 +262,7 @@ def _compiled(kind: _Kind[T], bucket: int) -> T:
 def _from_cache(kind: _Kind[T], path: Path, bucket: int) -> T:
     operator = kind.load(path, bucket)
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["schedule"]["source"] == "default":
+    if manifest["schedule"]["source"] == "default" and kind.target == "x86":  # GPUs have no tuner yet
         _warn_once(
             "not tuned",
             f"No tuned record for {manifest['target']['id']} and {kind.name}: running on the default schedule, which "

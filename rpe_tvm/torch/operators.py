@@ -1,4 +1,4 @@
-"""The operator ``torch.ops.rpe_tvm.kernelized_attention``: schemas, CPU and fake kernels, gradients."""
+"""The operator ``torch.ops.rpe_tvm.kernelized_attention``: schemas, CPU, GPU and fake kernels, gradients."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
+from rpe_tvm.torch import cuda
 from rpe_tvm.torch.backward import argument_gradients, attention_backward, refuse_second_gradients
-from rpe_tvm.torch.dispatch import get_backward, get_operator
+from rpe_tvm.torch.devices import check_cpu, check_device
+from rpe_tvm.torch.dispatch import get_backward, get_gpu_operator, get_operator
 from rpe_tvm.torch.feature_maps import check_feature_map
 from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous
 
@@ -28,15 +30,18 @@ torch.library.define(
 )
 
 
-def check_tensor(name: str, x: Tensor, dims: str) -> None:
-    """Raise unless x is a float32 tensor on the CPU with as many axes as `dims` names, such as ``[B, H, n, d]``."""
-    if not x.is_cpu:
-        raise ValueError(
-            f"Invalid device of {name}: expected a CPU tensor, got one on {x.device}. rpe_tvm runs on x86 "
-            "CPUs so far: move it with .cpu()."
-        )
-    if x.dtype != torch.float32:
-        raise DTypeError(f"Invalid dtype of {name}: expected torch.float32, got {x.dtype}. Convert it with .float().")
+def check_tensor(
+    name: str, x: Tensor, dims: str, first: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise unless x is a tensor of `dtype` with as many axes as `dims` names, such as ``[B, H, n, d]``, on the CPU or,
+    if `first` is given, where that is.
+    """
+    if first is None:
+        check_cpu(name, x)
+    else:
+        check_device(name, x, first)
+    if x.dtype != dtype:
+        raise DTypeError(f"Invalid dtype of {name}: expected {dtype}, got {x.dtype}. Convert it with .to({dtype}).")
     if x.dim() != dims.count(",") + 1:
         raise ShapeError(f"Invalid shape of {name}: expected {dims}, got {list(x.shape)}.")
 
@@ -50,11 +55,13 @@ def check_inputs(
     projection ``[m, d]``.
     """
     check_feature_map(feature_map)
-    check_tensor("query", query, "[B, H, n_q, d]")
-    check_tensor("key", key, "[B, H, n_k, d]")
-    check_tensor("value", value, "[B, H, n_k, d]")
-    check_tensor("rpe_bias", rpe_bias, "[H, n_q + n_k - 1]")
-    check_tensor("projection", projection, "[m, d]")
+    # 16-bit numbers where tensor cores take them
+    dtype = query.dtype if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    check_tensor("query", query, "[B, H, n_q, d]", query, dtype)
+    check_tensor("key", key, "[B, H, n_k, d]", query, dtype)
+    check_tensor("value", value, "[B, H, n_k, d]", query, dtype)
+    check_tensor("rpe_bias", rpe_bias, "[H, n_q + n_k - 1]", query)
+    check_tensor("projection", projection, "[m, d]", query)
     batch, heads, n_q, head_dim = query.shape
     n_k = key.shape[2]
     if head_dim == 0 or projection.shape[0] == 0:
@@ -114,6 +121,39 @@ def _kernelized_attention(
         instance.functions,
         instance.config,
         instance.tables,
+        last_axis_contiguous(query),
+        last_axis_contiguous(key),
+        last_axis_contiguous(value),
+        rpe_bias.contiguous(),
+        projection.contiguous(),
+        out,
+        feature_map=feature_map,
+        is_causal=is_causal,
+    )
+    return out
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in configs, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _kernelized_attention_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> Tensor:
+    check_inputs(query, key, value, rpe_bias, projection, feature_map)
+    out = _empty_output(query)
+    if out.numel() == 0 or key.shape[2] == 0:
+        return out.zero_()
+    n = max(query.shape[2], key.shape[2])
+    cuda.attention(
+        get_gpu_operator(query.device.index, n, projection.shape[0], query.shape[3], dtype_name(query.dtype)),
         last_axis_contiguous(query),
         last_axis_contiguous(key),
         last_axis_contiguous(value),
@@ -196,9 +236,11 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None, None)
 
 
-# CompositeExplicitAutograd: one kernel for all devices, so that a tensor on another device gets our message.
+# CompositeExplicitAutograd: one kernel for all devices but GPUs, so that a tensor on another device gets our message.
 # The dispatcher resolves conj and neg bits before it calls a kernel.
 torch.library.impl("rpe_tvm::kernelized_attention", "CompositeExplicitAutograd", _kernelized_attention)
+torch.library.impl("rpe_tvm::kernelized_attention", "CUDA", _kernelized_attention_cuda)
+torch.library.impl("rpe_tvm::kernelized_attention_backward", "CUDA", cuda.refuse_gradients)
 torch.library.impl(
     "rpe_tvm::kernelized_attention_backward", "CompositeExplicitAutograd", _kernelized_attention_backward
 )

@@ -34,6 +34,12 @@ def test_every_command_is_understood(benchmark, tmp_path):
     assert 16384 in parsed[1].memory_lengths and parsed[2].plot is None
 
 
+def test_the_command_for_gpus_is_understood(benchmark, tmp_path):
+    (arguments,) = benchmark.gpu_commands(tmp_path)
+    args = cli._parser().parse_args(arguments)
+    assert (args.target, args.lengths[-1], args.json.name, args.plot.name) == ("cuda", 262144, "cuda.json", "cuda.png")
+
+
 def test_a_failure_is_told_at_the_end(benchmark, tmp_path, monkeypatch, capsys):
     ran = []
 

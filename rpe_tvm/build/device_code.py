@@ -1,0 +1,172 @@
+"""From scheduled functions to host code and CUDA source, and how compiled device code gets into a library."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rpe_tvm.errors import BuildError
+
+if TYPE_CHECKING:
+    import tvm
+
+# Attribute of a function: how many blocks of threads a multiprocessor shall hold, which bounds the registers of one.
+BLOCKS_ATTRIBUTE = "rpe_tvm.blocks_per_sm"
+# Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
+_KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """What TVM makes of functions for a GPU.
+
+    Attributes
+    ----------
+    host
+        TVM's module of the host code: checks arguments and launches kernels.
+    source
+        The kernels in CUDA C++.
+    shared_bytes
+        Kernel -> shared memory of a block, that of the launch included.
+    """
+
+    host: Any
+    source: str
+    shared_bytes: dict[str, int]
+
+
+def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceCode:
+    """Generate host code and CUDA source.
+
+    Parameters
+    ----------
+    mod
+        Functions whose schedules bind loops to blocks and threads.
+    target
+        A CUDA target with a host.
+    name
+        Name of the artefact, for messages.
+
+    Raises
+    ------
+    BuildError
+        If TVM cannot generate code, or a function runs on the host alone.
+    """
+    try:
+        host, device = _split(mod, target)
+        with _source_is_kept():
+            host_module, source = _generate(host, device, target)
+        source = _bound_registers(source, mod)
+    except BuildError:
+        raise
+    except Exception as error:  # TVM raises whatever class its C++ code named
+        raise BuildError(f"TVM could not compile {name} for {target}: {error}") from error
+    shared_bytes = _shared_bytes(device)
+    for function in mod.functions.values():
+        symbol = str(function.attrs["global_symbol"])
+        if not any(kernel.startswith(f"{symbol}_kernel") for kernel in shared_bytes):
+            raise BuildError(
+                f"The function {symbol} of {name} has no kernel: its schedule binds no loop to blocks and threads, so "
+                "it would read device memory on the host."
+            )
+    return DeviceCode(host_module, source, shared_bytes)
+
+
+def blob(code: DeviceCode, binary: bytes) -> bytes:
+    """The data that TVM's loader reads from a library: `code`'s kernels, with `binary` in place of their source.
+
+    TVM writes ``total size, tree of modules, "_lib", "cuda", size, module`` with the module ``"cuda" (it holds source),
+    table of kernels, size, source``; every string is its size and its bytes, sizes are 8 bytes. Written back is the
+    same with ``"fatbin"`` and the binary.
+    """
+    import numpy as np
+    import tvm_ffi
+
+    packed = np.from_dlpack(tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(code.host)).tobytes()
+    # as TVM made it, without what we wrote into `code.source`
+    source = _string(str(code.host.imports[0].inspect_source()).encode())
+    head, kind, rest = packed.partition(_string(b"cuda"))
+    module = rest[8:]
+    table = module.removeprefix(_string(b"cuda")).removesuffix(source)
+    if packed != head + kind + _size(len(module)) + _string(b"cuda") + table + source:
+        raise BuildError(
+            "TVM packed device code in a form that this rpe_tvm does not know. Install the pinned version."
+        )
+    module = _string(b"fatbin") + table + _string(binary)
+    body = head[8:] + kind + _string(module)
+    return _size(len(body)) + body
+
+
+def _split(mod: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModule, tvm.IRModule]:
+    """The host's and the GPU's part of `mod`, lowered: the steps of ``tvm.tirx.build.build`` up to code generation."""
+    import tvm
+    from tvm.tirx import get_default_tir_pipeline
+
+    lower, finish_host, finish_device = get_default_tir_pipeline(target)
+    lowered = lower(tvm.tirx.transform.BindTarget(target)(mod))
+
+    def is_host(function: Any) -> bool:
+        return str(function.attrs["target"].kind.name) == "llvm"
+
+    host = tvm.tirx.transform.Filter(is_host)(lowered)
+    device = tvm.tirx.transform.Filter(lambda function: not is_host(function))(lowered)
+    return finish_host()(host), finish_device()(device)
+
+
+def _bound_registers(source: str, mod: tvm.IRModule) -> str:
+    """Write `BLOCKS_ATTRIBUTE` of functions into the launch bounds of their kernels: schedules have no word for it."""
+    for function in mod.functions.values():
+        if BLOCKS_ATTRIBUTE in function.attrs:
+            symbol, blocks = function.attrs["global_symbol"], int(function.attrs[BLOCKS_ATTRIBUTE])
+            pattern = rf"__launch_bounds__\((\d+)\) ({symbol}_kernel\w*\()"
+            source, count = re.subn(pattern, rf"__launch_bounds__(\1, {blocks}) \2", source)
+            if count == 0:
+                raise BuildError(f"The kernels of {symbol} have no launch bounds in a form that this rpe_tvm knows.")
+    return source
+
+
+def _generate(host: tvm.IRModule, device: tvm.IRModule, target: tvm.target.Target) -> tuple[Any, str]:
+    import tvm_ffi
+
+    module = tvm_ffi.get_global_func("target.build.llvm")(host, target.host)
+    if not device.functions:
+        return module, ""
+    kernels = tvm_ffi.get_global_func("target.build.cuda")(device, target)
+    module.import_module(kernels)
+    return module, str(kernels.inspect_source())
+
+
+def _shared_bytes(device: tvm.IRModule) -> dict[str, int]:
+    from tvm.s_tir.analysis import calculate_allocated_bytes
+
+    found = {}
+    for kernel in device.functions.values():
+        scopes = calculate_allocated_bytes(kernel)["main"]
+        found[str(kernel.attrs["global_symbol"])] = sum(int(scopes.get(scope, 0)) for scope in ("shared", "shared.dyn"))
+    return found
+
+
+@contextmanager
+def _source_is_kept() -> Iterator[None]:
+    before = os.environ.get(_KEEP_SOURCE)
+    os.environ[_KEEP_SOURCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_KEEP_SOURCE]
+        else:
+            os.environ[_KEEP_SOURCE] = before
+
+
+def _size(size: int) -> bytes:
+    return struct.pack("<Q", size)
+
+
+def _string(text: bytes) -> bytes:
+    return _size(len(text)) + text

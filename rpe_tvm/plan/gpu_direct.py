@@ -1,0 +1,214 @@
+"""The `direct` algorithm on tensor cores: its config, and the shapes of the buffers between its functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from rpe_tvm.plan.buckets import bucket_length
+from rpe_tvm.plan.config import fields_from_json, fields_to_json
+
+Dtype = Literal["bfloat16", "float16"]
+
+ROWS = 16  # rows of one matrix instruction, m16n8k16; also the features and keys that it sums over
+WARP = 32
+MAX_SHARED_BYTES = 227 * 1024  # what one block may use on sm_90; 163 KiB on sm_80
+CHUNK_BYTES = 16  # what a thread copies to shared memory at once
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Return the smallest multiple that is not less than `size`."""
+    return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class TensorCoreConfig:
+    """What one compiled operator of `direct` on tensor cores computes, and in which tiles.
+
+    Parameters
+    ----------
+    num_features : int
+        Features m of the feature map.
+    head_dim : int
+        Channels d of a head, a multiple of 8: a row is copied in pieces of 16 bytes.
+    length : int
+        Bucket length: the tiles were chosen for lengths up to it; the functions themselves take any length.
+    dtype : {"bfloat16", "float16"}
+        Of query, key, value, out, and of the operands of the tensor cores. Sums are float32.
+    row_blocks : int
+        Blocks of 16 queries of one warp. More of them read a key and a value from shared memory less often.
+    warps_q, warps_k : int
+        Warps of a block side by side along the queries, and along the keys of a tile. Warps along the keys add up
+        what they have at the end: they fill the GPU where there are few queries.
+    tile_k : int
+        Keys that a block loads at once.
+    stages : int
+        Tiles in shared memory: one in use, the others on their way.
+    blocks : int
+        Blocks that one multiprocessor shall hold at once: bounds the registers of a thread; 0 leaves that to nvcc,
+        which may then spill a few.
+    matrix_sums : bool
+        Whether denominators are sums of rounded weights, by matrix instructions, or of exact ones, by additions. With
+        float16 they must be: a row whose weights all underflow then becomes NaN, not 0.
+    """
+
+    num_features: int
+    head_dim: int
+    length: int
+    dtype: Dtype
+    row_blocks: int = 2
+    warps_q: int = 4
+    warps_k: int = 1
+    tile_k: int = 64
+    stages: int = 3
+    blocks: int = 1
+    matrix_sums: bool = False
+
+    op: ClassVar[str] = "attention"
+
+    def __post_init__(self) -> None:
+        for field in ("num_features", "head_dim", "length", "row_blocks", "warps_q", "warps_k", "tile_k"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"Invalid {field}: expected a positive number, got {getattr(self, field)}.")
+        if self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"Invalid dtype: expected 'bfloat16' or 'float16', got {self.dtype!r}.")
+        if self.dtype == "float16" and not self.matrix_sums:
+            raise ValueError("Invalid matrix_sums: expected True for float16, got False.")
+        if self.head_dim % 8:
+            raise ValueError(f"Invalid head_dim: expected a multiple of 8, got {self.head_dim}; pad value with zeros.")
+        if self.blocks < 0:
+            raise ValueError(f"Invalid blocks: expected 0 or more, got {self.blocks}.")
+        if self.stages < 2:
+            raise ValueError(f"Invalid stages: expected at least 2, got {self.stages}.")
+        if self.tile_k % (ROWS * self.warps_k):
+            raise ValueError(
+                f"Invalid tile_k: expected a multiple of {ROWS * self.warps_k} for {self.warps_k} warps along the "
+                f"keys, got {self.tile_k}."
+            )
+        if self.threads > 1024:
+            raise ValueError(f"Invalid warps: expected at most 32 in a block, got {self.warps_q * self.warps_k}.")
+        if self.shared_bytes > MAX_SHARED_BYTES:
+            raise ValueError(
+                f"Too much shared memory: expected at most {MAX_SHARED_BYTES} bytes, got {self.shared_bytes}; "
+                f"take fewer stages or a smaller tile_k."
+            )
+
+    @property
+    def name(self) -> str:
+        """Readable name of the compiled operator, one per bucket."""
+        return f"attention-m{self.num_features}-d{self.head_dim}-n{self.length}-{self.dtype}"
+
+    @property
+    def description(self) -> str:
+        """One short word for tables: the algorithm with its tile."""
+        return f"direct {self.tile_q}x{self.tile_k}"
+
+    @property
+    def tile_q(self) -> int:
+        """Queries of a block."""
+        return ROWS * self.row_blocks * self.warps_q
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARP * self.warps_q * self.warps_k
+
+    @property
+    def padded_features(self) -> int:
+        """Features of a row of phi, zero from `num_features` on."""
+        return round_up(self.num_features, ROWS)
+
+    @property
+    def key_row_bytes(self) -> int:
+        """Distance of two rows of phi_k in shared memory."""
+        return _row_bytes(self.padded_features)
+
+    @property
+    def value_row_bytes(self) -> int:
+        """Distance of two rows of value in shared memory; matrices are read in pairs of 8 channels."""
+        return _row_bytes(round_up(self.head_dim, ROWS))
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of one tile: phi_k, value, and the weights of all offsets from its queries to its keys."""
+        return self.tile_k * (self.key_row_bytes + self.value_row_bytes) + 4 * (self.tile_q + self.tile_k)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return max(self.stages * self.stage_bytes, self.partial_bytes)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Shared memory of the sums of all warps along the keys but the first, where the tiles were before."""
+        registers = self.row_blocks * (self.head_dim // 2 + 2)
+        return 4 * WARP * self.warps_q * (self.warps_k - 1) * registers
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return fields_to_json(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> TensorCoreConfig:
+        """Return the config that `to_json` wrote."""
+        return cls(**fields_from_json(fields))
+
+
+def _row_bytes(elements: int) -> int:
+    # an odd number of 16-byte pieces: then 8 rows, which a matrix load reads at once, lie in different banks
+    return CHUNK_BYTES * (2 * elements // CHUNK_BYTES | 1)
+
+
+def features_shape(config: TensorCoreConfig, batch: int, heads: int, n: int, tile: int) -> tuple[int, int, int, int]:
+    """Return the shape of phi_q (`tile` = tile_q) or phi_k (tile_k): zero past position n and past feature m."""
+    return batch, heads, round_up(n, tile), config.padded_features
+
+
+def table_shape(config: TensorCoreConfig, heads: int, n_query: int, n_key: int) -> tuple[int, int]:
+    """Return the shape of the weights, float32: c[t] at index t + round_up(n_query, tile_q), zero elsewhere."""
+    return heads, round_up(n_query, config.tile_q) + round_up(n_key, config.tile_k)
+
+
+def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCoreConfig:
+    """Return the default config for up to `n` positions.
+
+    Raises
+    ------
+    ValueError
+        If the sums of 16 queries do not fit into a thread's registers.
+    """
+    sums = head_dim // 2 + num_features // 4  # registers of a lane for 16 queries: sums and phi_q
+    row_blocks = 2 if sums <= 75 else 1
+    if row_blocks * sums > 160:
+        raise ValueError(
+            f"Too large for registers: expected head_dim / 2 + num_features / 4 <= 160, got head_dim {head_dim} and "
+            f"num_features {num_features}; use the fft algorithm."
+        )
+    is_full = row_blocks * sums > 88  # of sums: what a tile needs besides has to be less
+    # few queries: warps share the keys, so that there is work for all multiprocessors
+    if n <= 1024:
+        warps_q, warps_k, keys, stages = 2, 4, 32, 2
+    elif n <= 2048:
+        warps_q, warps_k, keys, stages = 4, 2, 32 if is_full else 64, 2
+    else:
+        warps_q, warps_k, keys, stages = 4, 1, 32 if is_full else 64, 3
+    if num_features + head_dim > 256:  # what sm_80 has of shared memory
+        keys = 16
+    return TensorCoreConfig(
+        *(num_features, head_dim, bucket_length(n), dtype, row_blocks, warps_q, warps_k, keys * warps_k, stages),
+        matrix_sums=is_full or dtype == "float16",
+    )
+
+
+def is_readable(address: int, strides: Sequence[int]) -> bool:
+    """Return whether value or out can be used where it lies: rows of whole 16-byte pieces, columns contiguous.
+
+    Parameters
+    ----------
+    address : int
+        Of the first element.
+    strides : sequence of int
+        In elements; those of axes of length 1 do not matter and may be given as 0.
+    """
+    return address % CHUNK_BYTES == 0 and strides[-1] == 1 and not any(s % 8 for s in strides[:-1])

@@ -1,0 +1,194 @@
+"""Attention on GPUs: the sequence of compiled functions. Buffers are torch's, on the caller's stream; nothing waits."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+
+from rpe_tvm.errors import GpuGradientError
+from rpe_tvm.plan import gpu, gpu_buffers, gpu_direct
+from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.runtime import GpuInstance
+
+
+def attention(
+    instance: GpuInstance,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    *,
+    feature_map: str,
+    is_causal: bool,
+) -> None:
+    """Write attention to `out`, features included, on arguments that are known to fit.
+
+    Parameters
+    ----------
+    instance : GpuInstance
+        The compiled operator for these lengths.
+    query, key, value, out : Tensor
+        ``[B, H, n_q, d]``, ``[B, H, n_k, d]`` twice, ``[B, H, n_q, d]``; contiguous in the last axis; not empty; of the
+        config's dtype.
+    rpe_bias, projection : Tensor
+        ``[H, n_q + n_k - 1]``, ``[m, d]``; contiguous float32.
+    feature_map : str
+        ``"nprf"`` or ``"prf"``.
+    is_causal : bool
+        Whether query i sees only keys j <= i.
+    """
+    batch, heads = query.shape[:2]
+    # The functions make the tensors' GPU the current one, and would leave it so.
+    with torch.cuda.device(query.get_device()):
+        if isinstance(instance.config, TensorCoreConfig):
+            _on_tensor_cores(
+                instance, instance.config, query, key, value, rpe_bias, projection, out, feature_map, is_causal
+            )
+            return
+        phi_q, phi_k = (query.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads)) for _ in range(2))
+        instance.functions[f"features_{feature_map}"](query, key, projection, phi_q, phi_k)
+        _on_features(instance, phi_q, phi_k, value, rpe_bias, out, is_causal)
+
+
+def attention_on_features(
+    instance: GpuInstance,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    out: Tensor,
+    *,
+    is_causal: bool,
+) -> None:
+    """Write attention on ready features to `out`; as `attention`, with phi_q ``[B, H, n_q, m]``, phi_k
+    ``[B, H, n_k, m]``.
+    """
+    with torch.cuda.device(phi_q.get_device()):
+        packed = [_pack(instance, phi) for phi in (phi_q, phi_k)]
+        _on_features(instance, packed[0], packed[1], value, rpe_bias, out, is_causal)
+
+
+def refuse_gradients(*arguments: object) -> tuple[Tensor, ...]:
+    """Raise `GpuGradientError`: what the gradients of GPU tensors run into."""
+    raise GpuGradientError(
+        "There are no gradients of attention on GPUs yet. Run it under torch.no_grad(), or move the tensors to the CPU "
+        "(.cpu()), where gradients are compiled."
+    )
+
+
+def _on_tensor_cores(
+    instance: GpuInstance,
+    config: TensorCoreConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> None:
+    batch, heads, n_q, _ = query.shape
+    n_k = key.shape[2]
+    functions = instance.functions
+    query, key, value = (_in_whole_pieces(x) for x in (query, key, value))
+    phi_q = query.new_empty(gpu_direct.features_shape(config, batch, heads, n_q, config.tile_q))
+    phi_k = query.new_empty(gpu_direct.features_shape(config, batch, heads, n_k, config.tile_k))
+    table = query.new_empty(gpu_direct.table_shape(config, heads, n_q, n_k), dtype=torch.float32)
+    functions[f"features_{feature_map}"](query, key, projection, phi_q, phi_k)
+    functions["weights"](rpe_bias, n_q, n_k, int(is_causal), gpu_direct.round_up(n_q, config.tile_q), table)
+    functions["attention"](phi_q, phi_k, value, table, int(is_causal), out)
+
+
+def _in_whole_pieces(x: Tensor) -> Tensor:
+    """x as tensor cores' kernels load it, copied where its rows are no whole pieces of 16 bytes."""
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False)]
+    readable = gpu_direct.is_readable(x.data_ptr(), [*strides, x.stride(-1)])
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
+
+
+def _on_features(
+    instance: GpuInstance,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    out: Tensor,
+    is_causal: bool,
+) -> None:
+    config, functions = _fft_config(instance), instance.functions
+    batch, heads, n_q, _ = out.shape
+    n_k = value.shape[2]
+    largest = value.new_empty(heads)
+    functions["largest"](rpe_bias, n_q, n_k, int(is_causal), largest)
+    weights = rpe_bias, largest, n_q, n_k, int(is_causal)
+    partial = value.new_empty(gpu_buffers.partial(config, batch, heads))
+    if config.columns == 1:
+        _in_shared_memory(instance, phi_q, phi_k, value, weights, partial)
+    else:
+        _by_columns_and_rows(instance, phi_q, phi_k, value, weights, partial)
+    functions["normalise"](partial, _tables(config, value.device), out)
+
+
+Weights = tuple[Tensor, Tensor, int, int, int]  # rpe_bias, its largest entry of each head, n_q, n_k, whether causal
+
+
+def _in_shared_memory(
+    instance: GpuInstance, phi_q: Tensor, phi_k: Tensor, value: Tensor, weights: Weights, partial: Tensor
+) -> None:
+    config, functions = _fft_config(instance), instance.functions
+    tables = _tables(config, value.device)
+    spectrum = value.new_empty(gpu_buffers.spectrum(config, phi_q.shape[1]))
+    functions["spectrum"](*weights, tables, spectrum)
+    by_first_radix = torch.unflatten(partial, 4, (config.folds, config.radices[0], -1))
+    functions["attention"](phi_q, phi_k, value, spectrum, tables, by_first_radix)
+
+
+def _by_columns_and_rows(
+    instance: GpuInstance, phi_q: Tensor, phi_k: Tensor, value: Tensor, weights: Weights, partial: Tensor
+) -> None:
+    config, functions = _fft_config(instance), instance.functions
+    tables = _tables(config, value.device)
+    batch, heads = phi_q.shape[:2]
+    first_radix = (config.radices[0], -1)
+    columns = value.new_empty(gpu_buffers.spectrum_columns(config, heads))
+    spectrum = value.new_empty(gpu_buffers.spectrum(config, heads))
+    functions["spectrum_columns"](*weights, tables, columns)
+    functions["spectrum_rows"](torch.unflatten(columns, 3, first_radix), tables, spectrum)
+
+    at_once = gpu_buffers.pairs_at_once(config)
+    transformed, product = (value.new_empty(gpu_buffers.between(config, at_once)) for _ in range(2))
+    for b, h, first in itertools.product(range(batch), range(heads), range(0, config.pairs, at_once)):
+        sums = torch.unflatten(partial[b, h, first : first + at_once], 2, (config.columns, config.row))
+        there, back = transformed[: len(sums)], product[: len(sums)]
+        functions["columns"](phi_k[b, h], value[b, h], tables, first, there)
+        functions["rows"](
+            torch.unflatten(there, 4, first_radix), spectrum[h], tables, torch.unflatten(back, 4, first_radix)
+        )
+        functions["back_columns"](back, phi_q[b, h], tables, sums)
+
+
+def _pack(instance: GpuInstance, phi: Tensor) -> Tensor:
+    batch, heads, n, _ = phi.shape
+    packed = phi.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads))
+    packed[..., :n] = phi.mT
+    packed[..., n:] = 0.0
+    return packed
+
+
+def _fft_config(instance: GpuInstance) -> GpuAttentionConfig:
+    if isinstance(instance.config, GpuAttentionConfig):
+        return instance.config
+    raise TypeError(f"Invalid operator: expected one by FFT for features that are given, got {instance.config}.")
+
+
+@functools.cache
+def _tables(config: GpuAttentionConfig, device: torch.device) -> Tensor:
+    """The constant tables on a device, copied there once."""
+    return torch.from_numpy(gpu.tables(config)).to(device)

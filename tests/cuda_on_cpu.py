@@ -1,0 +1,133 @@
+"""Runs generated CUDA kernels on the CPU: every CUDA thread is a fiber, and a barrier hands over to the next one.
+
+Checks numbers and the order of shared memory accesses between barriers, on machines without a GPU. No warp intrinsics.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PRELUDE = r"""
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <ucontext.h>
+#include <vector>
+using std::max; using std::min;
+typedef unsigned char uchar;
+struct Dim { int x, y, z; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static Dim threadIdx, blockIdx;
+alignas(64) static unsigned char shared_memory[262144];
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static int running;
+static void barrier() { int self = running; swapcontext(&fibers[self], &scheduler); }
+#define __syncthreads() barrier()
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define __align__(x)
+"""
+
+LAUNCHER = r"""
+static void** arguments;
+static std::vector<char> done;
+static void enter() { call_kernel(arguments); done[running] = 1; }
+// Runs the threads of one block in the order of `order` (1 forwards, -1 backwards) between barriers.
+extern "C" int run_block(int bx, int by, int bz, int threads, int order, void** a) {
+  const size_t stack = 1 << 18;
+  std::vector<char*> stacks(threads);
+  fibers.assign(threads, ucontext_t()); done.assign(threads, 0); arguments = a; blockIdx = {bx, by, bz};
+  for (int t = 0; t < threads; t++) {
+    stacks[t] = (char*)malloc(stack);
+    getcontext(&fibers[t]);
+    fibers[t].uc_stack.ss_sp = stacks[t]; fibers[t].uc_stack.ss_size = stack; fibers[t].uc_link = &scheduler;
+    makecontext(&fibers[t], enter, 0);
+  }
+  int left = threads, status = 0;
+  while (left > 0) {
+    int finished = 0;
+    for (int k = 0; k < threads; k++) {
+      int t = order > 0 ? k : threads - 1 - k;
+      if (done[t]) continue;
+      running = t; threadIdx = {t, 0, 0};
+      swapcontext(&scheduler, &fibers[t]);
+      finished += done[t];
+    }
+    if (finished != 0 && finished != left) { status = 1; break; }  // some threads wait where others have left
+    left -= finished;
+  }
+  for (char* s : stacks) free(s);
+  return status;
+}
+"""
+
+
+def compile_kernel(source: str, directory: Path, name: str | None = None) -> Callable[..., None]:
+    """Compile a kernel of CUDA source for the CPU.
+
+    Returns
+    -------
+    callable
+        ``run(block, threads, arguments)``: block indices (x, y, z); arguments by name, NumPy arrays and integers, named
+        as in the source but for the ``_ptr`` of pointers. Threads run in both orders between barriers, on copies, and
+        must agree; then in place.
+    """
+    kernels = re.findall(r'extern "C" __global__ void [^\n;{]*?(\w+)\(([^)]*)\) \{', source)
+    found, signature = next((k for k in kernels if name in (None, k[0])), kernels[0])
+    body = source[re.search(rf'extern "C" __global__ void [^\n;{{]*\b{found}\([^)]*\) \{{', source).start() :]  # type: ignore[union-attr]
+    body = body.split('extern "C" __global__', 2)
+    text = 'extern "C" ' + body[1]
+    text = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", text)
+    parameters = [re.sub(r"__restrict__", "", p).split() for p in signature.split(",")]
+    types = [" ".join(p[:-1]) for p in parameters]
+    names = [p[-1].removesuffix("_ptr") for p in parameters]
+    unpacked = ", ".join(
+        f"({kind})a[{i}]" if kind.endswith("*") else f"*({kind}*)a[{i}]" for i, kind in enumerate(types)
+    )
+    unit = f"{PRELUDE}\n{text}\nstatic void call_kernel(void** a) {{ {found}({unpacked}); }}\n{LAUNCHER}"
+    path = directory / f"{found}.cc"
+    path.write_text(unit, encoding="utf-8")
+    library = path.with_suffix(".so")
+    subprocess.run(["g++", "-O1", "-w", "-std=c++17", "-shared", "-fPIC", "-o", library, path], check=True)
+    entry = ctypes.CDLL(str(library)).run_block
+
+    def run(block: Sequence[int], threads: int, arguments: dict[str, Any]) -> None:
+        results = []
+        for order in (-1, 1):
+            copies = {
+                # arrays with gaps are inputs, and a copy would have other strides
+                key: value.copy() if order < 0 and isinstance(value, np.ndarray) and value.flags.c_contiguous else value
+                for key, value in arguments.items()
+            }
+            holders = [_pointer(copies[key]) for key in names]
+            pointers = (ctypes.c_void_p * len(holders))(*(address for address, _ in holders))
+            if entry(*block, threads, order, pointers) != 0:
+                raise RuntimeError(f"{found}: threads of block {tuple(block)} wait at different barriers")
+            results.append(copies)
+        for key in names:
+            if isinstance(arguments[key], np.ndarray):
+                np.testing.assert_array_equal(results[0][key], results[1][key], f"{found}: a race on {key}")
+
+    return run
+
+
+def _pointer(value: Any) -> tuple[int, Any]:
+    if isinstance(value, np.ndarray):
+        return value.ctypes.data, value
+    holder = ctypes.c_int64(value)
+    return ctypes.addressof(holder), holder

@@ -1,0 +1,63 @@
+"""Config and shapes of attention on tensor cores."""
+
+import pytest
+
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig, choose, features_shape, is_readable, table_shape
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("n", [1, 1024, 1025, 2048, 5000, 131072])
+@pytest.mark.parametrize(("m", "d"), [(32, 64), (16, 40), (24, 80), (64, 128), (128, 256), (600, 16)])
+def test_every_choice_is_a_config(n, m, d, dtype):
+    config = choose(n, m, d, dtype)
+    assert config.length >= n
+    assert TensorCoreConfig.from_json(config.to_json()) == config
+    assert config.shared_bytes <= 163 * 1024  # sm_80
+
+
+def test_rows_lie_in_different_banks():
+    for m in (1, 16, 24, 32, 48, 64, 128):
+        config = TensorCoreConfig(m, 8 * m, 64, "bfloat16", row_blocks=1, warps_q=1, tile_k=16, stages=2)
+        for row_bytes, row in ((config.key_row_bytes, m), (config.value_row_bytes, 8 * m)):
+            assert row_bytes >= 2 * row
+            assert len({row_bytes * i // 16 % 8 for i in range(8)}) == 8
+
+
+def test_shapes_are_whole_tiles():
+    config = TensorCoreConfig(24, 40, 1024, "bfloat16", row_blocks=2, warps_q=4, tile_k=64)
+    assert (config.tile_q, config.threads) == (128, 128)
+    assert features_shape(config, 2, 3, 129, config.tile_q) == (2, 3, 256, 32)
+    assert features_shape(config, 2, 3, 129, config.tile_k) == (2, 3, 192, 32)
+    assert table_shape(config, 3, 129, 65) == (3, 256 + 128)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(num_features=0), "num_features: expected a positive number, got 0"),
+        (dict(head_dim=36), "head_dim: expected a multiple of 8, got 36"),
+        (dict(dtype="float32"), "expected 'bfloat16' or 'float16', got 'float32'"),
+        (dict(dtype="float16"), "matrix_sums: expected True for float16"),
+        (dict(stages=1), "stages: expected at least 2, got 1"),
+        (dict(warps_k=3), "tile_k: expected a multiple of 48 for 3 warps along the keys, got 64"),
+        (dict(warps_q=33), "at most 32 in a block, got 33"),
+        (dict(stages=40), "Too much shared memory: expected at most 232448 bytes"),
+        (dict(blocks=-1), "blocks: expected 0 or more, got -1"),
+    ],
+)
+def test_impossible_configs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TensorCoreConfig(**{**dict(num_features=32, head_dim=64, length=1024, dtype="bfloat16"), **fields})
+
+
+def test_a_head_that_no_thread_can_hold_is_refused():
+    with pytest.raises(ValueError, match="use the fft algorithm"):
+        choose(1024, 32, 512, "bfloat16")
+
+
+def test_what_can_be_read_in_place():
+    assert is_readable(32, (64 * 8, 64, 8 * 64, 1))
+    assert is_readable(32, (0, 0, 72, 1))
+    assert not is_readable(34, (64 * 8, 64, 8 * 64, 1))
+    assert not is_readable(32, (64, 64, 65, 1))
+    assert not is_readable(32, (64, 64, 64, 2))

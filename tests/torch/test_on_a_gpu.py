@@ -1,0 +1,179 @@
+"""Attention on a GPU, against the float64 reference: values, devices, streams. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rpe_tvm import reference
+from rpe_tvm.errors import DTypeError, GpuGradientError, ShapeError
+from rpe_tvm.torch import NPRF, PRF, elu_features, gaussian_projection, kernelized_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.compile,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"),
+]
+M, D = 8, 16
+
+
+def _inputs(n_q, n_k, device="cuda", batch=2, heads=3, dtype=torch.float32):
+    g = torch.Generator().manual_seed(n_q + n_k)
+    query = torch.randn(batch, heads, n_q, D, generator=g)
+    key, value = torch.randn(2, batch, heads, n_k, D, generator=g).unbind()
+    bias = torch.randn(heads, n_q + n_k - 1, generator=g)
+    return [x.to(device, dtype) for x in (query, key, value, bias)]
+
+
+def _feature_map(kind=NPRF, device="cuda"):
+    return kind(gaussian_projection(M, D, seed=0).to(device))
+
+
+def _expected(inputs, feature_map, is_causal=False):
+    arrays = [x.double().cpu().numpy() for x in (*inputs, feature_map.projection)]
+    return reference.attention(*arrays, feature_map=feature_map.name, is_causal=is_causal, method="fft")[2]
+
+
+def _error(out, want, skip=0):
+    out = out.double().cpu().numpy()
+    assert np.isfinite(out).all()
+    return np.linalg.norm(out[:, :, skip:] - want[:, :, skip:]) / np.linalg.norm(want[:, :, skip:])
+
+
+@pytest.mark.parametrize("kind", [PRF, NPRF])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (63, 64), (100, 37), (37, 100), (1000, 1000), (4097, 3000)])
+def test_values(n_q, n_k, is_causal, kind):
+    inputs, feature_map = _inputs(n_q, n_k), _feature_map(kind)
+    out = kernelized_attention(*inputs, feature_map=feature_map, is_causal=is_causal)
+    # the first causal rows have few terms and carry the rounding errors of the longest sums, see docs/operators.md
+    skip = n_q // 4 if is_causal else 0
+    assert _error(out, _expected(inputs, feature_map, is_causal), skip) < (1e-5 if is_causal else 2e-6)
+
+
+def test_columns_and_rows():
+    """A length whose transform does not fit into shared memory."""
+    inputs, feature_map = _inputs(10_000, 10_000, batch=1, heads=2), _feature_map()
+    out = kernelized_attention(*inputs, feature_map=feature_map)
+    assert _error(out, _expected(inputs, feature_map)) < 4e-6
+
+
+@pytest.mark.parametrize("kind", [PRF, NPRF])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (63, 64), (100, 37), (1000, 1500), (3001, 3000)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_cores(dtype, n_q, n_k, is_causal, kind):
+    inputs, feature_map = _inputs(n_q, n_k, dtype=dtype), _feature_map(kind)
+    out = kernelized_attention(*inputs, feature_map=feature_map, is_causal=is_causal)
+    assert out.dtype == dtype
+    assert _error(out, _expected(inputs, feature_map, is_causal)) < 2 * torch.finfo(dtype).eps
+
+
+def test_tensor_cores_on_views():
+    inputs, feature_map = _inputs(100, 100, dtype=torch.bfloat16), _feature_map()
+    want = kernelized_attention(*inputs, feature_map=feature_map)
+    odd = [torch.nn.functional.pad(x, (1, 0))[..., 1:] for x in inputs[:3]]
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
+    for variant in (odd, turned):
+        assert torch.equal(kernelized_attention(*variant, inputs[3], feature_map=feature_map), want)
+
+
+def test_views_are_read_in_place_and_give_the_same():
+    query, key, value, bias = _inputs(100, 100)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
+    odd = [torch.nn.functional.pad(x, (1, 0))[..., 1:] for x in (query, key, value)]
+    strided = [torch.stack([x, x], -1)[..., 0] for x in (query, key, value)]
+    want = kernelized_attention(query, key, value, bias, feature_map=_feature_map())
+    for variant in (views, odd, strided):
+        assert torch.equal(kernelized_attention(*variant, bias, feature_map=_feature_map()), want)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_grouped_heads_and_key_lengths(own):
+    query, key, value, bias = _inputs(50, 70, heads=4)
+    lengths = torch.tensor([70, 3])
+    feature_map = elu_features if own else _feature_map()
+    out = kernelized_attention(
+        query, key[:, :2], value[:, :2], bias, feature_map=feature_map, key_lengths=lengths.cuda()
+    )
+    key, value = (x[:, :2].repeat_interleave(2, dim=1) for x in (key, value))
+    offset = torch.arange(70) - torch.arange(50)[:, None] + 49
+    for b, length in enumerate(lengths.tolist()):
+        phi_q, phi_k = (phi.double().cpu() for phi in feature_map(query[b], key[b, :, :length]))
+        scores = phi_q @ phi_k.mT * torch.exp(bias.double().cpu())[:, offset][..., :length]
+        want = scores @ value[b, :, :length].double().cpu() / scores.sum(-1, keepdim=True)
+        torch.testing.assert_close(out[b].double().cpu(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_empty_inputs():
+    query, key, value, bias = _inputs(5, 5)
+    empty = kernelized_attention(query, key[:, :, :0], value[:, :, :0], bias[:, :4], feature_map=_feature_map())
+    assert torch.equal(empty, torch.zeros_like(query))
+    assert kernelized_attention(query[:0], key[:0], value[:0], bias, feature_map=_feature_map()).shape == (0, 3, 5, D)
+
+
+def test_nan_stays_nan():
+    query, key, value, bias = _inputs(100, 100)
+    value[0, 0, 50, 3] = torch.nan
+    out = kernelized_attention(query, key, value, bias, feature_map=_feature_map())
+    assert out[0, 0, :, 3].isnan().all() and out[0, 1:].isfinite().all() and out[1].isfinite().all()
+
+
+def test_another_stream():
+    """The input is written late on a stream of its own, and the call there sees it."""
+    query, key, value, bias = _inputs(1000, 1000)
+    feature_map = _feature_map()
+    want = kernelized_attention(query, key, value, bias, feature_map=feature_map)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(query)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(query)
+        out = kernelized_attention(late, key, value, bias, feature_map=feature_map)
+    assert not stream.query()  # nothing has waited
+    stream.synchronize()
+    assert torch.equal(out, want)
+
+
+def test_a_cuda_graph():
+    inputs, feature_map = _inputs(300, 300), _feature_map()
+    want = kernelized_attention(*inputs, feature_map=feature_map)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernelized_attention(*inputs, feature_map=feature_map)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="only one GPU")
+def test_another_gpu():
+    inputs = _inputs(100, 100, device="cuda:1")
+    out = kernelized_attention(*inputs, feature_map=_feature_map(device="cuda:1"))
+    assert out.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert _error(out, _expected(inputs, _feature_map())) < 2e-6
+    with pytest.raises(ValueError, match=r"device of key: expected cuda:1.*got cuda:0"):
+        kernelized_attention(inputs[0], inputs[1].to("cuda:0"), *inputs[2:], feature_map=_feature_map(device="cuda:1"))
+
+
+def test_fullgraph_compile():
+    inputs, feature_map = _inputs(100, 100), _feature_map()
+    compiled = torch.compile(lambda *args: kernelized_attention(*args, feature_map=feature_map), fullgraph=True)
+    assert torch.equal(compiled(*inputs), kernelized_attention(*inputs, feature_map=feature_map))
+
+
+def test_errors():
+    query, key, value, bias = _inputs(10, 10)
+    out = kernelized_attention(query.requires_grad_(), key, value, bias, feature_map=_feature_map())
+    with pytest.raises(GpuGradientError, match="no gradients of attention on GPUs yet"):
+        out.sum().backward()
+    with pytest.raises(ValueError, match=r"device of key: expected cuda:0"):
+        kernelized_attention(query, key.cpu(), value, bias, feature_map=_feature_map())
+    with pytest.raises(ValueError, match=r"device of the projection: expected cuda:0"):
+        kernelized_attention(query, key, value, bias, feature_map=_feature_map(device="cpu"))
+    with pytest.raises(DTypeError):
+        kernelized_attention(query.double(), key.double(), value.double(), bias, feature_map=_feature_map())
+    with pytest.raises(ShapeError):
+        kernelized_attention(query, key[:, :, :5], value, bias, feature_map=_feature_map())

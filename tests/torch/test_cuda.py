@@ -96,7 +96,7 @@ class StandIn:
         self._check_tables(tables)
         n_k = value.shape[2]
         assert value.stride(3) == 1
-        assert partial.shape == (*value.shape[:2], D // 2 + 1, 2, 8, 8, 2)
+        assert partial.shape == (*value.shape[:2], D // 2 + 1, 2, 1, 8, 8, 2)
         matrix = self._matrix(spectrum, n_k)
         n_q = matrix.shape[1]
         sums = (phi_q.mT[:, :, :n_q] @ phi_k[..., :n_k] * matrix) @ torch.cat(
@@ -104,7 +104,7 @@ class StandIn:
         )
         halves = torch.zeros(*value.shape[:2], P, 2 * (D // 2 + 1))
         halves[:, :, :n_q, : D + 1] = sums
-        partial[:, :, :, 0] = halves.view(*value.shape[:2], 8, 8, -1, 2).permute(0, 1, 4, 2, 3, 5)
+        partial[:, :, :, 0, 0] = halves.view(*value.shape[:2], 8, 8, -1, 2).permute(0, 1, 4, 2, 3, 5)
         partial[:, :, :, 1] = 0.0
 
     def spectrum_columns(self, *arguments: Any) -> None:

@@ -218,7 +218,7 @@ def test_shapes_of_the_buffers() -> None:
     assert gpu_buffers.spectrum(long, 3) == (3, 2, 8, 8, 256, 2)
     assert gpu_buffers.spectrum_columns(long, 3) == (3, 2, 8, 2048, 2)
     assert gpu_buffers.between(long, 5) == (5, 2, 32, 8, 2048, 2)
-    assert gpu_buffers.pairs_at_once(long) == 2
+    assert gpu_buffers.pairs_at_once(long) == 32
     assert gpu_buffers.pairs_at_once(gpu.choose(gpu.LONGEST, 64, 64)) == 1
 
 

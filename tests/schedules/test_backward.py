@@ -1,12 +1,17 @@
 """The schedules of the gradients for AVX2 and for this CPU: other lanes, factorisations, tiles and sizes than the
 default's.
+
+Libraries of default configs are those of tests/torch/test_gradients.py, from the cache.
 """
+
+import functools
 
 import numpy as np
 import pytest
 
 from rpe_tvm import build, reference, runtime, targets
-from rpe_tvm.plan.backward import BackwardConfig
+from rpe_tvm.plan.backward import BackwardConfig, direct_config, fft_config
+from rpe_tvm.plan.twiddles import feature_positions
 
 pytestmark = pytest.mark.compile
 
@@ -16,11 +21,37 @@ AVX2 = targets.preset("haswell")
 HERE = targets.detect()
 
 
+def by_fft(m, d, outer, inner, lanes):
+    return BackwardConfig(m, d, int(np.prod(outer) * np.prod(inner)), "fft", outer, inner, lanes=lanes)
+
+
+def by_tiles(m, d, tile):
+    return BackwardConfig(m, d, 1024, "direct", tile=tile, lanes=8)
+
+
+FFT = [
+    (AVX2, by_fft(5, 7, (8,), (8,), 4)),
+    (AVX2, by_fft(16, 40, (5,), (8, 2), 8)),
+    (HERE, by_fft(5, 3, (3, 4), (4, 4), 8)),  # fewer channels than lanes
+    (HERE, fft_config(HERE.id, 64, 24, 80, HERE.lanes)),
+]
+TILES = [
+    (AVX2, by_tiles(5, 7, (64, 128))),  # fewer features and channels than lanes
+    (HERE, direct_config(24, 80, HERE.lanes)),
+    (HERE, by_tiles(33, 20, (32, 64))),
+]
+
+
+@functools.cache
+def compiled(config, target):
+    return runtime.load_backward(build.compile_operator(config, target))
+
+
 def check(config, target, n_q, n_k, is_causal=False):
     from rpe_tvm.torch.backward import attention_backward
     from rpe_tvm.torch.layouts import feature_memory, pack_features, unpack_features
 
-    instance = runtime.load_backward(build.compile_operator(config, target))
+    instance = compiled(config, target)
     random = np.random.default_rng(0)
     m, d = config.num_features, config.head_dim
     phi_q, phi_k = (random.uniform(0.5, 1.5, (2, 3, n, m)) for n in (n_q, n_k))
@@ -40,42 +71,35 @@ def check(config, target, n_q, n_k, is_causal=False):
         assert np.linalg.norm(x.numpy() - y) < 2e-5 * np.linalg.norm(y), name
 
 
-@pytest.mark.parametrize("target", [AVX2, HERE], ids=lambda target: target.id)
-@pytest.mark.parametrize(
-    ("m", "d", "outer", "inner", "lanes"),
-    [
-        (5, 7, (8,), (8,), 4),
-        (5, 3, (3, 4), (4, 4), 8),  # fewer channels than lanes
-        (16, 40, (5,), (8, 2), 8),
-    ],
-)
-def test_values(target, m, d, outer, inner, lanes):
-    length = int(np.prod(outer) * np.prod(inner))
-    check(BackwardConfig(m, d, length, "fft", outer, inner, lanes=lanes), target, length - 1, length // 2)
+def case_id(case):
+    return f"{case.name} {case.description}" if isinstance(case, BackwardConfig) else case.id
+
+
+@pytest.mark.parametrize(("target", "config"), FFT, ids=case_id)
+def test_values(target, config):
+    check(config, target, config.length - 1, config.length // 2)
 
 
 @pytest.mark.parametrize(
-    ("target", "m", "d", "tile", "lanes", "n_q", "n_k", "is_causal"),
+    ("target", "config", "n_q", "n_k", "is_causal"),
     [
-        (AVX2, 5, 7, (64, 128), 8, 63, 32, False),  # fewer features and channels than lanes
-        (HERE, 16, 40, (64, 128), 8, 130, 257, True),  # more keys than queries, parts of different lengths
-        (HERE, 33, 20, (32, 64), 8, 257, 130, False),
+        (*TILES[0], 63, 32, False),
+        (*TILES[1], 130, 257, True),  # more keys than queries, parts of different lengths
+        (*TILES[2], 257, 130, False),
     ],
 )
-def test_tiles(target, m, d, tile, lanes, n_q, n_k, is_causal):
-    check(BackwardConfig(m, d, 1024, "direct", tile=tile, lanes=lanes), target, n_q, n_k, is_causal)
+def test_tiles(target, config, n_q, n_k, is_causal):
+    check(config, target, n_q, n_k, is_causal)
 
 
 @pytest.mark.parametrize("feature_map", ["prf", "nprf"])
-@pytest.mark.parametrize(
-    ("target", "m", "d", "tile"), [(AVX2, 5, 7, (64, 128)), (HERE, 16, 40, (64, 128)), (HERE, 33, 20, (32, 64))]
-)
-def test_feature_gradients(target, m, d, tile, feature_map):
+@pytest.mark.parametrize(("target", "config"), TILES + FFT, ids=case_id)
+def test_feature_gradients(target, config, feature_map):
     """Against autograd in float64; of a zero vector NPRF passes no gradient, PRF does."""
     from rpe_tvm.torch.layouts import feature_memory, pack_features
 
-    config, n = BackwardConfig(m, d, 1024, "direct", tile=tile, lanes=8), 100
-    instance = runtime.load_backward(build.compile_operator(config, target))
+    m, d, n = config.num_features, config.head_dim, min(config.length - 3, 100)
+    instance = compiled(config, target)
     x = torch.randn(2, 3, n, 2 * d)[..., :d]
     x[1, 2, 3] = 0.0
     projection, grad = torch.randn(m, d), torch.randn(2, 3, n, m)
@@ -91,10 +115,11 @@ def test_feature_gradients(target, m, d, tile, feature_map):
     phi = feature_memory(config, 2, 3, n, n)
     pack_features(config, features.detach().float(), phi[0])
     pack_features(config, grad, phi[1])
-    phi[1].flatten(3)[..., n:] = torch.nan  # memory past the end
-    got, grad_exponent = torch.full(x.shape, torch.nan), torch.empty(2, 3, phi[0, 0, 0, 0].numel(), m)
-    instance.functions[f"features_{feature_map}_backward"](x, projection, phi[0], phi[1], grad_exponent, got)
+    phi[1][..., torch.from_numpy(feature_positions(config, n, n) >= n)] = torch.nan  # memory past the end
+    got, of_exponent = torch.full(x.shape, torch.nan), torch.full((2, 3, phi[0, 0, 0, 0].numel(), m), torch.nan)
+    instance.functions[f"features_{feature_map}_backward"](x, projection, phi[0], phi[1], of_exponent, got)
     assert (got - want).norm() < 1e-5 * want.norm()
+    torch.testing.assert_close(of_exponent[:, :, :n], (features * grad).detach().float())
     assert (got[1, 2, 3] == 0).all() == (feature_map == "nprf")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,9 @@ from rpe_tvm.torch import (
     use_artefacts,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import calls_on_cpu
+
 B, H, D, M, P = 2, 3, 7, 4, 64
 SHORT = GpuAttentionConfig(M, D, P, (8, 8), 32)
 LONG = GpuAttentionConfig(M, D, P, (4, 4), 32, columns=4)
@@ -46,8 +50,18 @@ class StandIn:
     def __init__(self, config: GpuAttentionConfig) -> None:
         self.config = config
         self.calls: list[str] = []
-        functions = {name: self._logged(name) for name in function_names(config)}
+        functions = {name: self._logged(name) for name in function_names(config) if not name.startswith("forward")}
         self.instance = GpuInstance(config, functions)
+
+    def add_forward(self, directory: Path) -> None:
+        """Add the compiled functions that call the others."""
+        from rpe_tvm.te.gpu_forward import forward
+
+        functions = dict(self.instance.functions)
+        for name in MAPS:
+            compiled = calls_on_cpu.compile_calls(forward(self.config, name), self.instance.functions, directory)
+            functions[f"forward_{name}"] = compiled
+        self.instance = GpuInstance(self.config, functions)
 
     def _logged(self, name: str) -> Any:
         function = getattr(self, name.split("_")[0] if name.startswith("features") else name)
@@ -96,7 +110,7 @@ class StandIn:
         self._check_tables(tables)
         n_k = value.shape[2]
         assert value.stride(3) == 1
-        assert partial.shape == (*value.shape[:2], D // 2 + 1, 2, 8, 8, 2)
+        assert partial.shape == (*value.shape[:2], D // 2 + 1, 2, 1, 8, 8, 2)
         matrix = self._matrix(spectrum, n_k)
         n_q = matrix.shape[1]
         sums = (phi_q.mT[:, :, :n_q] @ phi_k[..., :n_k] * matrix) @ torch.cat(
@@ -104,7 +118,7 @@ class StandIn:
         )
         halves = torch.zeros(*value.shape[:2], P, 2 * (D // 2 + 1))
         halves[:, :, :n_q, : D + 1] = sums
-        partial[:, :, :, 0] = halves.view(*value.shape[:2], 8, 8, -1, 2).permute(0, 1, 4, 2, 3, 5)
+        partial[:, :, :, 0, 0] = halves.view(*value.shape[:2], 8, 8, -1, 2).permute(0, 1, 4, 2, 3, 5)
         partial[:, :, :, 1] = 0.0
 
     def spectrum_columns(self, *arguments: Any) -> None:
@@ -148,9 +162,19 @@ class StandIn:
         out.copy_(halves[..., :D] / halves[..., D : D + 1])
 
 
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[GpuAttentionConfig, StandIn]:
+    found = {config: StandIn(config) for config in (SHORT, LONG)}
+    found[SHORT].add_forward(tmp_path_factory.mktemp("forward"))
+    return found
+
+
 @pytest.fixture(params=[SHORT, LONG], ids=["short", "long"])
-def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    made = StandIn(request.param)
+def stand_in(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stand_ins: dict[GpuAttentionConfig, StandIn]
+) -> Iterator[StandIn]:
+    made = stand_ins[request.param]
+    made.calls.clear()
     # two pairs of channels at once
     monkeypatch.setattr(gpu_buffers, "_ARRAY_FLOATS", 2 * 2 * M * P * 2)
     for module in (operators, core):
@@ -218,7 +242,7 @@ def test_shapes_of_the_buffers() -> None:
     assert gpu_buffers.spectrum(long, 3) == (3, 2, 8, 8, 256, 2)
     assert gpu_buffers.spectrum_columns(long, 3) == (3, 2, 8, 2048, 2)
     assert gpu_buffers.between(long, 5) == (5, 2, 32, 8, 2048, 2)
-    assert gpu_buffers.pairs_at_once(long) == 2
+    assert gpu_buffers.pairs_at_once(long) == 32
     assert gpu_buffers.pairs_at_once(gpu.choose(gpu.LONGEST, 64, 64)) == 1
 
 
@@ -314,6 +338,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(build, "compile_operator", compile_operator)
     monkeypatch.setattr(dispatch, "load_gpu", load_gpu)
     monkeypatch.setattr(dispatch, "_loaded", {})
+    monkeypatch.setattr(dispatch, "_gpu_calls", {})
     monkeypatch.setattr(dispatch, "_artefacts", None)
     monkeypatch.delenv("RPE_TVM_ARTEFACTS", raising=False)
     monkeypatch.setenv("RPE_TVM_CACHE", str(tmp_path / "cache"))

@@ -29,8 +29,8 @@ def forward(config: GpuAttentionConfig | TensorCoreConfig, feature_map: str) -> 
     """Return the function `forward_<map>(query, key, value, rpe_bias, projection, tables, causal, workspace, out)`.
 
     Arguments of the function: query and out `[B, H, n_q, d]`, key and value `[B, H, n_k, d]`, in the config's dtype and
-    with strides as the functions that are called take them; rpe_bias `[H, n_q + n_k - 1]` and projection `[m, d]` float32;
-    tables as in `plan.gpu`, on tensor cores left out; causal 0 or 1; workspace bytes, as many as
+    with strides as the functions that are called take them; rpe_bias `[H, n_q + n_k - 1]` and projection `[m, d]`
+    float32; tables as in `plan.gpu`, on tensor cores left out; causal 0 or 1; workspace bytes, as many as
     `plan.gpu_workspace` says.
     """
     with function(f"forward_{feature_map}") as built:

@@ -96,7 +96,7 @@ def kernelized_attention(
 def _compiled(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, projection: Tensor, feature_map: str, is_causal: bool
 ) -> Tensor:
-    """The operator; on a GPU, where its host's part may take longer than its kernels, past the dispatcher if that can be."""
+    """The operator; on a GPU, whose kernels may take less time than the dispatcher, past that if nothing needs it."""
     if q.is_cuda and is_plain_call(q, k, v, b, projection):
         operators.check_projection(projection, q.shape[3])  # what _check_inputs has not seen
         return operators.attention_on_gpu(q, k, v, b, projection, feature_map, is_causal)

@@ -120,6 +120,9 @@ def _workspace_bytes(config: GpuConfig, shape: torch.Size, n_key: int) -> int:
 
 def _in_whole_pieces(x: Tensor) -> Tensor:
     """x as tensor cores' kernels load it, copied where its rows are no whole pieces of 16 bytes."""
+    if gpu_direct.is_readable(x.data_ptr(), x.stride()):
+        return x
+    # the stride of an axis of size 1 may be anything
     strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False)]
     readable = gpu_direct.is_readable(x.data_ptr(), [*strides, x.stride(-1)])
     return x if readable else x.clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,4 @@
-"""Whether an operator's kernel can be called past torch's dispatcher, which takes longer than all our kernels of a short
-call together.
-"""
+"""Whether an operator's kernel can be called past torch's dispatcher, which may take longer than a call's kernels."""
 
 from __future__ import annotations
 
@@ -20,10 +18,7 @@ def is_plain_call(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or _is_watched():
         return False
     records = torch.is_grad_enabled()
-    for x in tensors:
-        if type(x) not in _KINDS or x.is_neg() or (records and x.requires_grad):
-            return False
-    return True
+    return all(type(x) in _KINDS and not x.is_neg() and not (records and x.requires_grad) for x in tensors)
 
 
 def _is_watched() -> bool:

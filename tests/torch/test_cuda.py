@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -290,6 +291,17 @@ def test_rows_for_tensor_cores_are_whole_pieces() -> None:
     for odd in (x[..., 1:9], x.new_zeros(2, 3, 5, 12)[..., :8], x.mT[..., :3, :], x.new_zeros(2, 3, 16, 5).mT):
         copy = cuda._in_whole_pieces(odd)
         assert copy is not odd and copy.is_contiguous() and torch.equal(copy, odd)
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, []), (1, ["cuda:0"])])
+def test_another_current_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch, current: int, entered: list[str]) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(str(device)) or contextlib.nullcontext())
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda:0")
+    with cuda._current(x):
+        assert seen == entered
 
 
 @pytest.mark.parametrize("index", range(5))

@@ -67,8 +67,6 @@ def test_torch_compile_sees_the_operator() -> None:
     assert found == 0
 
 
-
-
 @pytest.fixture
 def direct_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tensors say that they are on a GPU; the kernel for GPUs writes zeros."""

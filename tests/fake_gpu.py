@@ -19,6 +19,8 @@ static int values[2];
 int cuInit(unsigned flags) { return sscanf(getenv("FAKE_GPU"), "%d:%d", values, values + 1) == 2 ? 0 : 100; }
 int cuDeviceGetCount(int* count) { *count = 1; return 0; }
 int cuDeviceGet(int* device, int index) { *device = index; return 0; }
+int launches;
+int cuLaunchKernelEx(void) { return launches++, 0; }
 int cuDeviceGetName(char* name, int size, int device) { strncpy(name, "Fake GPU", size); return 0; }
 int cuDeviceGetAttribute(int* value, int which, int device) {
   *value = which == 75 ? values[0] / 10 : which == 76 ? values[0] % 10 : which == 97 ? values[1] : -1;

@@ -58,7 +58,10 @@ def build(
         host, data = Path(scratch) / "host.o", Path(scratch) / "device.bin"
         code.host.write_to_file(str(host))
         data.write_bytes(device_code.blob(code, binary))
-        link.link_with_device(host, data, library)
+        calls = [Path(scratch) / f"calls{i}.o" for i in range(len(code.calls))]
+        for module, path in zip(code.calls, calls, strict=True):
+            module.write_to_file(str(path))
+        link.link_with_device([host, *calls], data, library)
     fatbin.check_library(library.read_bytes(), architectures)
     return {
         "architectures": list(architectures),

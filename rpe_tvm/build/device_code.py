@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Attribute of a function: how many blocks of threads a multiprocessor shall hold, which bounds the registers of one.
 BLOCKS_ATTRIBUTE = "rpe_tvm.blocks_per_sm"
+# Attribute of a function that calls functions of its library and launches no kernel itself.
+CALLS_ATTRIBUTE = "rpe_tvm.calls"
 # Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
@@ -29,6 +31,9 @@ class DeviceCode:
     ----------
     host
         TVM's module of the host code: checks arguments and launches kernels.
+    calls
+        TVM's modules of the functions that call those of `host`, one each: the linker resolves their symbols, while
+        TVM declares a symbol for every call, and a second one in a module gets another name.
     source
         The kernels in CUDA C++.
     shared_bytes
@@ -36,6 +41,7 @@ class DeviceCode:
     """
 
     host: Any
+    calls: tuple[Any, ...]
     source: str
     shared_bytes: dict[str, int]
 
@@ -58,23 +64,25 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
         If TVM cannot generate code, or a function runs on the host alone.
     """
     try:
-        host, device = _split(mod, target)
+        callers, launchers = _filter(mod, lambda function: CALLS_ATTRIBUTE in function.attrs)
+        host, device = _split(launchers, target)
         with _source_is_kept():
             host_module, source = _generate(host, device, target)
+            calls = tuple(_generate(*_split(each, target), target)[0] for each in _one_by_one(callers))
         source = _bound_registers(source, mod)
     except BuildError:
         raise
     except Exception as error:  # TVM raises whatever class its C++ code named
         raise BuildError(f"TVM could not compile {name} for {target}: {error}") from error
     shared_bytes = _shared_bytes(device)
-    for function in mod.functions.values():
+    for function in launchers.functions.values():
         symbol = str(function.attrs["global_symbol"])
         if not any(kernel.startswith(f"{symbol}_kernel") for kernel in shared_bytes):
             raise BuildError(
                 f"The function {symbol} of {name} has no kernel: its schedule binds no loop to blocks and threads, so "
                 "it would read device memory on the host."
             )
-    return DeviceCode(host_module, source, shared_bytes)
+    return DeviceCode(host_module, calls, source, shared_bytes)
 
 
 def blob(code: DeviceCode, binary: bytes) -> bytes:
@@ -113,9 +121,21 @@ def _split(mod: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModule, 
     def is_host(function: Any) -> bool:
         return str(function.attrs["target"].kind.name) == "llvm"
 
-    host = tvm.tirx.transform.Filter(is_host)(lowered)
-    device = tvm.tirx.transform.Filter(lambda function: not is_host(function))(lowered)
+    host, device = _filter(lowered, is_host)
     return finish_host()(host), finish_device()(device)
+
+
+def _filter(mod: tvm.IRModule, belongs: Callable[[Any], bool]) -> tuple[tvm.IRModule, tvm.IRModule]:
+    """The functions that belong, and the others."""
+    import tvm
+
+    inside = tvm.tirx.transform.Filter(belongs)(mod)
+    return inside, tvm.tirx.transform.Filter(lambda function: not belongs(function))(mod)
+
+
+def _one_by_one(mod: tvm.IRModule) -> Iterator[tvm.IRModule]:
+    for name, function in mod.functions_items():
+        yield type(mod)({name: function})
 
 
 def _bound_registers(source: str, mod: tvm.IRModule) -> str:

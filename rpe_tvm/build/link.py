@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from rpe_tvm.build import cache
@@ -17,7 +18,8 @@ from rpe_tvm.errors import BuildError, CompilerNotFoundError
 ADDON = Path(__file__).with_name("addon.cc")
 ADDON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp")
 LINK_FLAGS = ("-shared", "-fPIC", "-fopenmp", "-Wl,--strip-debug")
-DEVICE_LINK_FLAGS = ("-shared", "-fPIC", "-Wl,--strip-debug")
+# -Bsymbolic: functions call those of their own library, whatever else the process has loaded.
+DEVICE_LINK_FLAGS = ("-shared", "-fPIC", "-Wl,-Bsymbolic", "-Wl,--strip-debug")
 
 # What addon.cc defines. TVM's code may refer to more hooks; without a definition they are null pointers.
 _HOOKS = frozenset(
@@ -85,9 +87,10 @@ def link(code: Path, library: Path) -> None:
     _call([*compiler, *LINK_FLAGS, "-o", str(library), str(code), str(_addon_object(compiler))])
 
 
-def link_with_device(code: Path, data: Path, library: Path) -> None:
-    """Link host code and packed device code (`rpe_tvm.build.device_code.blob`) into the shared library `library`."""
-    hooks = {name.decode() for name in re.findall(rb"__TVMBackend\w+", code.read_bytes())}
+def link_with_device(objects: Sequence[Path], data: Path, library: Path) -> None:
+    """Link objects of host code and packed device code (`rpe_tvm.build.device_code.blob`) into `library`."""
+    code = b"".join(path.read_bytes() for path in objects)
+    hooks = {name.decode() for name in re.findall(rb"__TVMBackend\w+", code)}
     if hooks:
         raise BuildError(
             f"Host code of a GPU library calls {', '.join(sorted(hooks))}: it may only check arguments and launch "
@@ -95,7 +98,7 @@ def link_with_device(code: Path, data: Path, library: Path) -> None:
         )
     assembly = data.with_suffix(".s")
     assembly.write_text(_DATA_SYMBOL.format(path=data), encoding="utf-8")
-    _call([*find_compiler(), *DEVICE_LINK_FLAGS, "-o", str(library), str(code), str(assembly)])
+    _call([*find_compiler(), *DEVICE_LINK_FLAGS, "-o", str(library), *map(str, objects), str(assembly)])
 
 
 def _addon_object(compiler: list[str]) -> Path:

@@ -11,6 +11,7 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.build.device_code import BLOCKS_ATTRIBUTE
 from rpe_tvm.build.lower import Lowered, named
+from rpe_tvm.build.lower_forward import forward_functions
 from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.schedules import gpu
@@ -51,7 +52,8 @@ def lower(config: GpuAttentionConfig) -> Lowered:
 
     `features_prf`, `features_nprf`, `largest`, `spectrum`, `attention` and `normalise`; where a transform does not
     fit into shared memory `spectrum_columns` and `spectrum_rows`, and `columns`, `rows` and `back_columns`. Batch,
-    heads and lengths are read from the arguments of each call.
+    heads and lengths are read from the arguments of each call. Where one transform fits, `forward_prf` and
+    `forward_nprf` call the others.
     """
     sizes = shapes.symbolic()
     functions: dict[str, tvm.tirx.PrimFunc] = {}
@@ -73,4 +75,6 @@ def lower(config: GpuAttentionConfig) -> Lowered:
         if config.blocks_per_sm and name in ("attention", "rows"):
             functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, config.blocks_per_sm)
     add("normalise", gpu_attention.normalise(config, sizes), gpu.normalise)
+    if config.columns == 1:
+        functions |= forward_functions(config)
     return Lowered(tvm.IRModule(functions), {"source": "default"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tvm
 
 from rpe_tvm.build.lower import Lowered
+from rpe_tvm.build.lower_forward import forward_functions
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.te.cuda_direct import direct_attention
 from rpe_tvm.te.cuda_features import features
@@ -13,11 +14,13 @@ from rpe_tvm.te.features import FEATURE_MAPS
 
 
 def lower(config: TensorCoreConfig) -> Lowered:
-    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each.
+    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each, and
+    `forward_prf` and `forward_nprf`, which call them.
 
     Batch, heads and lengths are read from the arguments of each call.
     """
     functions = {f"features_{feature_map}": features(config, feature_map) for feature_map in FEATURE_MAPS}
     functions["weights"] = direct_weights()
     functions["attention"] = direct_attention(config)
+    functions |= forward_functions(config)
     return Lowered(tvm.IRModule(functions), {"source": "default"})

@@ -14,6 +14,7 @@ from rpe_tvm.torch.core import toeplitz_attention
 from rpe_tvm.torch.devices import check_device
 from rpe_tvm.torch.feature_maps import COMPILED, FeatureMap, FeatureMapFunction
 from rpe_tvm.torch.padding import without_padding
+from rpe_tvm.torch.plain import is_plain_call
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,12 +85,22 @@ def kernelized_attention(
     if group != 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     if fused is not None:
-        out = torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, fused.projection.float(), fused.name, is_causal)
+        out = _compiled(q, k, v, b, fused.projection.float(), fused.name, is_causal)
     else:
         # Autocast would compute the features, and the attention on them, in half precision.
         with torch.autocast(query.device.type, enabled=False):
             out = _on_features(q, k, v, b, feature_map, is_causal, key_lengths)
-    return cast(Tensor, out.to(query.dtype))
+    return out.to(query.dtype)
+
+
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, projection: Tensor, feature_map: str, is_causal: bool
+) -> Tensor:
+    """The operator; on a GPU, whose kernels may take less time than the dispatcher, past that if nothing needs it."""
+    if q.is_cuda and is_plain_call(q, k, v, b, projection):
+        operators.check_projection(projection, q.shape[3])  # what _check_inputs has not seen
+        return operators.attention_on_gpu(q, k, v, b, projection, feature_map, is_causal)
+    return cast(Tensor, torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, projection, feature_map, is_causal))
 
 
 def _on_tensor_cores(query: Tensor, key: Tensor, feature_map: FeatureMap) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from rpe_tvm.errors import GpuGradientError
-from rpe_tvm.plan import gpu, gpu_buffers, gpu_direct
+from rpe_tvm.plan import gpu, gpu_buffers, gpu_direct, gpu_workspace
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_choice import GpuConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.runtime import GpuInstance
 
@@ -43,14 +47,12 @@ def attention(
     is_causal : bool
         Whether query i sees only keys j <= i.
     """
-    batch, heads = query.shape[:2]
-    # The functions make the tensors' GPU the current one, and would leave it so.
-    with torch.cuda.device(query.get_device()):
-        if isinstance(instance.config, TensorCoreConfig):
-            _on_tensor_cores(
-                instance, instance.config, query, key, value, rpe_bias, projection, out, feature_map, is_causal
-            )
+    forward = instance.functions.get(f"forward_{feature_map}")
+    with _current(query):
+        if forward is not None:
+            _at_once(instance.config, forward, query, key, value, rpe_bias, projection, out, is_causal)
             return
+        batch, heads = query.shape[:2]
         phi_q, phi_k = (query.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads)) for _ in range(2))
         instance.functions[f"features_{feature_map}"](query, key, projection, phi_q, phi_k)
         _on_features(instance, phi_q, phi_k, value, rpe_bias, out, is_causal)
@@ -69,7 +71,7 @@ def attention_on_features(
     """Write attention on ready features to `out`; as `attention`, with phi_q ``[B, H, n_q, m]``, phi_k
     ``[B, H, n_k, m]``.
     """
-    with torch.cuda.device(phi_q.get_device()):
+    with _current(phi_q):
         packed = [_pack(instance, phi) for phi in (phi_q, phi_k)]
         _on_features(instance, packed[0], packed[1], value, rpe_bias, out, is_causal)
 
@@ -82,32 +84,45 @@ def refuse_gradients(*arguments: object) -> tuple[Tensor, ...]:
     )
 
 
-def _on_tensor_cores(
-    instance: GpuInstance,
-    config: TensorCoreConfig,
+def _current(x: Tensor) -> AbstractContextManager[object]:
+    """Make x's GPU the current one for a while: the functions do that, and would leave it so."""
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+
+
+def _at_once(
+    config: GpuConfig,
+    forward: Callable[..., object],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     rpe_bias: Tensor,
     projection: Tensor,
     out: Tensor,
-    feature_map: str,
     is_causal: bool,
 ) -> None:
-    batch, heads, n_q, _ = query.shape
-    n_k = key.shape[2]
-    functions = instance.functions
-    query, key, value = (_in_whole_pieces(x) for x in (query, key, value))
-    phi_q = query.new_empty(gpu_direct.features_shape(config, batch, heads, n_q, config.tile_q))
-    phi_k = query.new_empty(gpu_direct.features_shape(config, batch, heads, n_k, config.tile_k))
-    table = query.new_empty(gpu_direct.table_shape(config, heads, n_q, n_k), dtype=torch.float32)
-    functions[f"features_{feature_map}"](query, key, projection, phi_q, phi_k)
-    functions["weights"](rpe_bias, n_q, n_k, int(is_causal), gpu_direct.round_up(n_q, config.tile_q), table)
-    functions["attention"](phi_q, phi_k, value, table, int(is_causal), out)
+    size = _workspace_bytes(config, query.shape, key.shape[2])
+    workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
+    if isinstance(config, TensorCoreConfig):
+        query, key, value = (_in_whole_pieces(x) for x in (query, key, value))
+        forward(query, key, value, rpe_bias, projection, int(is_causal), workspace, out)
+    else:
+        tables = _tables(config, query.device)
+        forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
+
+
+@functools.lru_cache(maxsize=256)
+def _workspace_bytes(config: GpuConfig, shape: torch.Size, n_key: int) -> int:
+    batch, heads, n_query, _ = shape
+    _, size = gpu_workspace.places(config, batch, heads, n_query, n_key)
+    return int(size)
 
 
 def _in_whole_pieces(x: Tensor) -> Tensor:
     """x as tensor cores' kernels load it, copied where its rows are no whole pieces of 16 bytes."""
+    if gpu_direct.is_readable(x.data_ptr(), x.stride()):
+        return x
+    # the stride of an axis of size 1 may be anything
     strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False)]
     readable = gpu_direct.is_readable(x.data_ptr(), [*strides, x.stride(-1)])
     return x if readable else x.clone(memory_format=torch.contiguous_format)

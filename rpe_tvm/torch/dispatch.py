@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _lock = threading.Lock()
 _loaded: dict[tuple[str, str, int], Any] = {}  # (kind, target, bucket) -> operator
+# What `_loaded` holds, by the numbers of a call: to make the names above takes as long as a launch.
+_gpu_calls: dict[tuple[int, int, int, int, str], GpuInstance] = {}
 _warned: set[str] = set()
 _artefacts: Path | None = None
 
@@ -85,6 +87,7 @@ def use_artefacts(directory: str | os.PathLike[str] | None) -> None:
     with _lock:
         _artefacts = chosen
         _loaded.clear()
+        _gpu_calls.clear()
 
 
 def get_operator(n: int, num_features: int, head_dim: int) -> Instance:
@@ -157,6 +160,15 @@ def get_gpu_operator(gpu_index: int, n: int, num_features: int, head_dim: int, d
     dtype : str
         Of query, key, value and the output.
     """
+    bucket = gpu_choice.bucket(n, dtype)
+    call = gpu_index, bucket, num_features, head_dim, dtype
+    found: GpuInstance | None = _gpu_calls.get(call)
+    if found is None:
+        found = _gpu_calls[call] = _find_gpu_operator(*call)
+    return found
+
+
+def _find_gpu_operator(gpu_index: int, bucket: int, num_features: int, head_dim: int, dtype: str) -> GpuInstance:
     return _get(
         _Kind(
             name=f"attention-m{num_features}-d{head_dim}-{dtype}",
@@ -166,7 +178,7 @@ def get_gpu_operator(gpu_index: int, n: int, num_features: int, head_dim: int, d
             wrap=None,
             target=gpus()[gpu_index].arch,
         ),
-        gpu_choice.bucket(n, dtype),
+        bucket,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -75,15 +76,20 @@ def check_inputs(
         )
     if value.shape != key.shape:
         raise ShapeError(f"Invalid shape of value: expected {list(key.shape)} as key has, got {list(value.shape)}.")
-    if projection.shape[1] != head_dim:
-        raise ShapeError(
-            f"Invalid shape of projection: expected [m, {head_dim}] for this query, got {list(projection.shape)}."
-        )
+    check_projection(projection, head_dim)
     offsets = max(n_q + n_k - 1, 0)
     if rpe_bias.shape[0] != heads or rpe_bias.shape[1] != offsets:
         raise ShapeError(
             f"Invalid shape of rpe_bias: expected [H, n_q + n_k - 1] = [{heads}, {offsets}], got "
             f"{list(rpe_bias.shape)}. Entry (j - i) + n_q - 1 of a row belongs to query i and key j."
+        )
+
+
+def check_projection(projection: Tensor, head_dim: int) -> None:
+    """Raise `ShapeError` unless the projection ``[m, d]`` is one for vectors of `head_dim` channels."""
+    if projection.shape[1] != head_dim:
+        raise ShapeError(
+            f"Invalid shape of projection: expected [m, {head_dim}] for this query, got {list(projection.shape)}."
         )
 
 
@@ -133,6 +139,7 @@ def _kernelized_attention(
     return out
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in configs, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
@@ -148,6 +155,19 @@ def _kernelized_attention_cuda(
     is_causal: bool,
 ) -> Tensor:
     check_inputs(query, key, value, rpe_bias, projection, feature_map)
+    return attention_on_gpu(query, key, value, rpe_bias, projection, feature_map, is_causal)
+
+
+def attention_on_gpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> Tensor:
+    """The operator's kernel for GPUs, on arguments that fit as `check_inputs` asks."""
     out = _empty_output(query)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()

@@ -279,7 +279,7 @@ def test_hooks_of_the_cpu_are_not_linked(tmp_path: Path) -> None:
     code = tmp_path / "code.o"
     code.write_bytes(b"\0__TVMFFIFunctionCall\0__TVMBackendParallelLaunch\0")
     with pytest.raises(BuildError, match="GPU library calls __TVMBackendParallelLaunch"):
-        link.link_with_device(code, code, tmp_path / "lib.so")
+        link.link_with_device([code], code, tmp_path / "lib.so")
 
 
 def test_the_environment_is_left_as_it_was(target: GpuTargetSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,7 @@ print([line.split()[-1] for line in open("/proc/self/maps") if "libtvm_runtime_c
 """
     variables = {"LD_LIBRARY_PATH": str(fake), "FAKE_GPU": "90:232448", tvm_runtime.VARIABLE: ""}
     config, message, library = run_python(code, str(directory), **variables).stdout.splitlines()
-    assert config == "attention-m3-d8-n64-float32 6"
+    assert config == "attention-m3-d8-n64-float32 8"
     assert message.strip() == "expected cuda"
     assert library == str(directory / tvm_runtime.PACKED / "libtvm_runtime_cuda.so")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,9 @@ from rpe_tvm.torch import (
     use_artefacts,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import calls_on_cpu
+
 B, H, D, M, P = 2, 3, 7, 4, 64
 SHORT = GpuAttentionConfig(M, D, P, (8, 8), 32)
 LONG = GpuAttentionConfig(M, D, P, (4, 4), 32, columns=4)
@@ -46,8 +51,18 @@ class StandIn:
     def __init__(self, config: GpuAttentionConfig) -> None:
         self.config = config
         self.calls: list[str] = []
-        functions = {name: self._logged(name) for name in function_names(config)}
+        functions = {name: self._logged(name) for name in function_names(config) if not name.startswith("forward")}
         self.instance = GpuInstance(config, functions)
+
+    def add_forward(self, directory: Path) -> None:
+        """Add the compiled functions that call the others."""
+        from rpe_tvm.te.gpu_forward import forward
+
+        functions = dict(self.instance.functions)
+        for name in MAPS:
+            compiled = calls_on_cpu.compile_calls(forward(self.config, name), self.instance.functions, directory)
+            functions[f"forward_{name}"] = compiled
+        self.instance = GpuInstance(self.config, functions)
 
     def _logged(self, name: str) -> Any:
         function = getattr(self, name.split("_")[0] if name.startswith("features") else name)
@@ -148,9 +163,19 @@ class StandIn:
         out.copy_(halves[..., :D] / halves[..., D : D + 1])
 
 
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[GpuAttentionConfig, StandIn]:
+    found = {config: StandIn(config) for config in (SHORT, LONG)}
+    found[SHORT].add_forward(tmp_path_factory.mktemp("forward"))
+    return found
+
+
 @pytest.fixture(params=[SHORT, LONG], ids=["short", "long"])
-def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    made = StandIn(request.param)
+def stand_in(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stand_ins: dict[GpuAttentionConfig, StandIn]
+) -> Iterator[StandIn]:
+    made = stand_ins[request.param]
+    made.calls.clear()
     # two pairs of channels at once
     monkeypatch.setattr(gpu_buffers, "_ARRAY_FLOATS", 2 * 2 * M * P * 2)
     for module in (operators, core):
@@ -268,6 +293,17 @@ def test_rows_for_tensor_cores_are_whole_pieces() -> None:
         assert copy is not odd and copy.is_contiguous() and torch.equal(copy, odd)
 
 
+@pytest.mark.parametrize(("current", "entered"), [(0, []), (1, ["cuda:0"])])
+def test_another_current_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch, current: int, entered: list[str]) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(str(device)) or contextlib.nullcontext())
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda:0")
+    with cuda._current(x):
+        assert seen == entered
+
+
 @pytest.mark.parametrize("index", range(5))
 def test_tensors_of_a_call_share_a_device(index: int) -> None:
     name = ("query", "key", "value", "rpe_bias", "the projection")[index]
@@ -314,6 +350,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(build, "compile_operator", compile_operator)
     monkeypatch.setattr(dispatch, "load_gpu", load_gpu)
     monkeypatch.setattr(dispatch, "_loaded", {})
+    monkeypatch.setattr(dispatch, "_gpu_calls", {})
     monkeypatch.setattr(dispatch, "_artefacts", None)
     monkeypatch.delenv("RPE_TVM_ARTEFACTS", raising=False)
     monkeypatch.setenv("RPE_TVM_CACHE", str(tmp_path / "cache"))

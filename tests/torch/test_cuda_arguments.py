@@ -55,6 +55,9 @@ def wrap(name, function):
         function(*map(on_gpu, arguments))
     return call
 
+def launches():
+    return ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "launches").value
+
 config = loaded.config
 instance = GpuInstance(config, {name: wrap(name, function) for name, function in loaded.functions.items()})
 m, d, n_q, n_k = config.num_features, config.head_dim, config.length - 3, config.length - 20
@@ -67,11 +70,15 @@ for feature_map in ("prf", "nprf"):
     cuda.attention(
         instance, query, key, value, bias, torch.randn(m, d), out, feature_map=feature_map, is_causal=True
     )
+if "forward_prf" in loaded.functions:
+    assert called == ["forward_prf", "forward_nprf"]
+    print(launches() // 2, "launches")
+else:
+    assert set(called) == set(loaded.functions)
 if config.dtype == "float32":
     cuda.attention_on_features(
         instance, torch.rand(2, 3, n_q, m), torch.rand(2, 3, n_k, m), value, bias, out, is_causal=False
     )
-assert set(called) == set(loaded.functions)
 try:
     instance.functions["features_prf"](*[torch.empty(1)] * 5)
 except ValueError:
@@ -80,16 +87,17 @@ except ValueError:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "launches"),
     [
-        GpuAttentionConfig(3, 4, 64, (8, 8), 32),
-        GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8),
-        TensorCoreConfig(6, 8, 64, "bfloat16"),
+        (GpuAttentionConfig(3, 4, 64, (8, 8), 32), 6),
+        (GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8), None),
+        (TensorCoreConfig(6, 8, 64, "bfloat16"), 3),
     ],
     ids=["short", "long", "tensor cores"],
 )
 def test_arguments_fit(
     config: GpuConfig,
+    launches: int | None,
     cache_dir: Path,
     tmp_path: Path,
     run_python: Callable[..., subprocess.CompletedProcess[str]],
@@ -100,4 +108,4 @@ def test_arguments_fit(
     assert package is not None
     fake = fake_gpu.write_libraries(tmp_path / "fake", package)
     done = run_python(_CODE, str(tmp_path / "artefacts"), LD_LIBRARY_PATH=str(fake), FAKE_GPU="90:232448")
-    assert done.stdout == "checked\n"
+    assert done.stdout == ("" if launches is None else f"{launches} launches\n") + "checked\n"

@@ -1,0 +1,61 @@
+"""Where the buffers between the functions of one call on a GPU lie in one piece of memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rpe_tvm.plan import gpu_buffers, gpu_direct
+from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+
+# What every buffer starts at a multiple of: torch's allocator promises twice as much.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Place:
+    """One buffer: its first byte, its shape and its dtype. Sizes are integers, or expressions of TVM."""
+
+    offset: Any
+    shape: tuple[Any, ...]
+    dtype: str
+
+
+def places(
+    config: GpuAttentionConfig | TensorCoreConfig, batch: Any, heads: Any, n_query: Any, n_key: Any
+) -> tuple[dict[str, Place], Any]:
+    """Return the buffers of a call by name, and how many bytes they take together.
+
+    Parameters
+    ----------
+    config
+        What is compiled, without columns.
+    batch, heads, n_query, n_key
+        Sizes of the call: integers, or expressions of TVM, so that both sides count alike.
+    """
+    found, end = {}, 0
+    for name, shape, dtype, item in _buffers(config, batch, heads, n_query, n_key):
+        found[name] = Place(end, shape, dtype)
+        end = end + gpu_direct.round_up(math.prod(shape) * item, ALIGNMENT)
+    return found, end
+
+
+def _buffers(
+    config: GpuAttentionConfig | TensorCoreConfig, batch: Any, heads: Any, n_query: Any, n_key: Any
+) -> list[tuple[str, tuple[Any, ...], str, int]]:
+    if isinstance(config, TensorCoreConfig):
+        phi = gpu_direct.features_shape
+        return [
+            ("phi_q", phi(config, batch, heads, n_query, config.tile_q), config.dtype, 2),
+            ("phi_k", phi(config, batch, heads, n_key, config.tile_k), config.dtype, 2),
+            ("table", gpu_direct.table_shape(config, heads, n_query, n_key), "float32", 4),
+        ]
+    return [
+        ("phi_q", gpu_buffers.features(config, batch, heads), "float32", 4),
+        ("phi_k", gpu_buffers.features(config, batch, heads), "float32", 4),
+        ("largest", (heads,), "float32", 4),
+        ("spectrum", gpu_buffers.spectrum(config, heads), "float32", 4),
+        ("partial", gpu_buffers.partial(config, batch, heads), "float32", 4),
+    ]

@@ -1,0 +1,81 @@
+"""A whole call on a GPU as one function of the host: it calls the functions that launch kernels, one after the other.
+
+Called from Python one by one, they and the allocation of what lies between them cost more time than the kernels of
+short sequences. Here the buffers in between are pieces of one array, see `plan.gpu_workspace`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.tirx.op import buffer_data
+
+from rpe_tvm.plan import gpu
+from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig, round_up
+from rpe_tvm.plan.gpu_workspace import Place, places
+from rpe_tvm.te.cuda_function import argument, function, named
+
+# What TVM prefixes a function's name with in a library.
+SYMBOL = "__tvm_ffi_"
+
+FLOAT_BYTES = 4
+
+
+def forward(config: GpuAttentionConfig | TensorCoreConfig, feature_map: str) -> tvm.tirx.PrimFunc:
+    """Return the function `forward_<map>(query, key, value, rpe_bias, projection, tables, causal, workspace, out)`.
+
+    Arguments of the function: query and out `[B, H, n_q, d]`, key and value `[B, H, n_k, d]`, in the config's dtype and
+    with strides as the functions that are called take them; rpe_bias `[H, n_q + n_k - 1]` and projection `[m, d]`
+    float32; tables as in `plan.gpu`, on tensor cores left out; causal 0 or 1; workspace bytes, as many as
+    `plan.gpu_workspace` says.
+    """
+    with function(f"forward_{feature_map}") as built:
+        batch, heads, n_q, n_k, size = (named(x, T.int64()) for x in ("batch", "heads", "n_query", "n_key", "size"))
+        d = T.int64(config.head_dim)
+
+        def rows(name: str, n: Any) -> Any:
+            return argument(name, (batch, heads, n, d), config.dtype, strided=True, align=1)
+
+        def compact(name: str, *shape: Any) -> Any:
+            return argument(name, shape, "float32", align=FLOAT_BYTES)
+
+        query, key, value = rows("query", n_q), rows("key", n_k), rows("value", n_k)
+        bias = compact("rpe_bias", heads, n_q + n_k - 1)
+        projection = compact("projection", T.int64(config.num_features), d)
+        tables = None if isinstance(config, TensorCoreConfig) else compact("tables", T.int64(gpu.layout(config).size))
+        causal = T.arg("causal", T.int64())
+        workspace = argument("workspace", (size,), "uint8")
+        out = rows("out", n_q)
+
+        found, _ = places(config, batch, heads, n_q, n_k)
+        buffer = {name: _piece(workspace, place, place.shape) for name, place in found.items()}
+        _call(f"features_{feature_map}", query, key, projection, buffer["phi_q"], buffer["phi_k"])
+        if isinstance(config, TensorCoreConfig):
+            origin = round_up(n_q, config.tile_q)
+            _call("weights", bias, n_q, n_k, causal, origin, buffer["table"])
+            _call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, out)
+        else:
+            _call("largest", bias, n_q, n_k, causal, buffer["largest"])
+            _call("spectrum", bias, buffer["largest"], n_q, n_k, causal, tables, buffer["spectrum"])
+            *lead, length, part = found["partial"].shape
+            radix = config.radices[0]
+            by_first_radix = (*lead, config.folds, radix, length // (config.folds * radix), part)
+            partial = _piece(workspace, found["partial"], by_first_radix)
+            _call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["spectrum"], tables, partial)
+            _call("normalise", buffer["partial"], tables, out)
+    return built.get()
+
+
+def _call(name: str, *arguments: Any) -> None:
+    T.evaluate(T.call_cpacked(SYMBOL + name, *arguments))
+
+
+def _piece(workspace: Any, place: Place, shape: tuple[Any, ...]) -> Any:
+    """Return a part of the workspace as an argument."""
+    start = tirx.call_intrin("handle", "tirx.handle_add_byte_offset", buffer_data(workspace), place.offset)
+    sizes = T.tvm_stack_make_shape(*(T.int64(size) if isinstance(size, int) else size for size in shape))
+    return T.tvm_stack_make_array(start, sizes, 0, len(shape), tirx.const(0, place.dtype), 0)

@@ -1,0 +1,31 @@
+"""Whether an operator's kernel can be called past torch's dispatcher, which may take longer than a call's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_KINDS = (Tensor, nn.Parameter)
+
+
+def is_plain_call(*tensors: Tensor) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel.
+
+    Not where gradients are recorded, something traces or transforms the call (torch.compile, functorch, modes of a
+    user's own), or a tensor is more than memory (a subclass, a pending negation).
+    """
+    if torch.compiler.is_compiling() or _is_watched():
+        return False
+    records = torch.is_grad_enabled()
+    return all(type(x) in _KINDS and not x.is_neg() and not (records and x.requires_grad) for x in tensors)
+
+
+def _is_watched() -> bool:
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )

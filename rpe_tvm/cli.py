@@ -175,7 +175,7 @@ def _compile(args: argparse.Namespace) -> int:
     def choose(n: int) -> Any:
         if isinstance(target, GpuTargetSpec):
             try:
-                return gpu_choice.choose(n, args.features, args.head_dim, args.dtype)
+                return gpu_choice.choose(n, args.features, args.head_dim, args.dtype, target.id)
             except ValueError as error:
                 raise BuildError(str(error)) from error
         if args.op == "toeplitz":

@@ -162,7 +162,7 @@ def get_gpu_operator(gpu_index: int, n: int, num_features: int, head_dim: int, d
             name=f"attention-m{num_features}-d{head_dim}-{dtype}",
             options=f"--op attention --features {num_features} --head-dim {head_dim} --target cuda --dtype {dtype}",
             load=lambda path, length: load_gpu(path, gpu_index),
-            choose=lambda target, bucket: gpu_choice.choose(bucket, num_features, head_dim, dtype),
+            choose=lambda target, bucket: gpu_choice.choose(bucket, num_features, head_dim, dtype, target.id),
             wrap=None,
             target=gpus()[gpu_index].arch,
         ),

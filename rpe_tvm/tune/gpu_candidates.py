@@ -23,8 +23,9 @@ ROWS: dict[int, tuple[tuple[tuple[int, ...], int], ...]] = {
     4096: (((16, 16, 16), 2), ((16, 16, 16), 0), ((8, 8, 8, 8), 0), ((32, 16, 8), 0)),
     8192: (((16, 8, 8, 8), 0), ((16, 16, 8, 4), 0), ((32, 16, 16), 0)),
 }
-# Where a row alone does not do, or need not: shorter rows several times.
-FOLDS, FOLDED = (2, 4), (8192, gpu.FOLDED)
+# Where a row alone does not do, or need not: shorter rows several times, without a bound. With folds a thread needs
+# more registers than it would allow, with columns fewer.
+FOLDS, FOLDED, LONGEST_FOLDED_ROW = (2, 4), (8192, gpu.FOLDED), 4096
 COLUMNS, SHORTEST_COLUMNS = (4, 8, 16, 32), 16384
 SHORTEST_ROW = 1024
 
@@ -108,14 +109,15 @@ def _by_fft(n: int, num_features: int, head_dim: int) -> Iterator[GpuAttentionCo
     length = gpu.gpu_bucket(n)
     for radices, blocks in ROWS.get(length, ()):
         yield _fft(num_features, head_dim, length, radices, blocks)
-    splits = [(folds, 1) for folds in FOLDS if length in FOLDED]
-    splits += [(1, columns) for columns in COLUMNS if length >= SHORTEST_COLUMNS]
-    for folds, columns in splits:
-        row = length // (folds * columns)
-        if SHORTEST_ROW <= row <= gpu.LONGEST_ROW:
-            radices = gpu.ROW_RADICES[row]
-            for blocks in sorted({0, gpu.BLOCKS_PER_SM.get(radices, 0)}):
-                yield _fft(num_features, head_dim, length, radices, blocks, folds, columns)
+    if length in FOLDED:
+        for folds in FOLDS:
+            if length // folds <= LONGEST_FOLDED_ROW:
+                for radices, _ in ROWS[length // folds]:
+                    yield _fft(num_features, head_dim, length, radices, 0, folds=folds)
+    if length >= SHORTEST_COLUMNS:
+        for columns in COLUMNS:
+            if SHORTEST_ROW <= length // columns <= gpu.LONGEST_ROW:
+                yield _fft(num_features, head_dim, length, gpu.ROW_RADICES[length // columns], 0, columns=columns)
 
 
 def _fft(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 from rpe_tvm.build import compile as compiling
 from rpe_tvm.build import cuda
-from rpe_tvm.errors import BuildError
+from rpe_tvm.errors import BuildError, TuningError
 from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.tune.gpu_candidates import label
@@ -36,6 +37,11 @@ def build_candidates(
         Processes.
     progress : callable
         Called after each candidate.
+
+    Raises
+    ------
+    TuningError
+        If a process is killed.
     """
     target = replace(target, architectures=(target.arch,))
     cuda.pack_runtime(work.artefacts)
@@ -46,6 +52,11 @@ def build_candidates(
         try:
             for done, task in enumerate(as_completed(tasks), 1):
                 progress(done, len(tasks), tasks[task], task.result())
+        except BrokenProcessPool as error:
+            raise TuningError(
+                "A process that compiles was ended from outside, perhaps for want of memory. What is compiled is kept: "
+                "run the same command again, with fewer --workers."
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import types
 from dataclasses import replace
 
@@ -263,5 +264,16 @@ def test_building_keeps_reasons_and_what_is_there(tmp_path, monkeypatch):
     assert gpu_builder._build(right, only, work) == "" == work.failure(right, TARGET.id)
     assert gpu_builder._build(wrong, only, work) == "Kernels spill registers: attention"
     assert work.failure(wrong, TARGET.id) == "Kernels spill registers: attention"
-    # both are known, so no worker is asked
+    # both are known, so no process is asked
     gpu_builder.build_candidates([right, wrong], TARGET, work, 1, lambda *each: pytest.fail(str(each)))
+
+
+def _die(*_):
+    os._exit(1)
+
+
+def test_a_killed_process_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_builder, "_build", _die)
+    monkeypatch.setattr(gpu_builder.cuda, "pack_runtime", lambda directory: None)
+    with pytest.raises(TuningError, match="ended from outside.*run the same command again"):
+        gpu_builder.build_candidates(candidates(SMALL), TARGET, Work(tmp_path), 1, lambda *each: None)

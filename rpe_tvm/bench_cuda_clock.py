@@ -158,8 +158,8 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def graph_seconds(call: Callable[[], T]) -> tuple[float, T]:
-    """Seconds of a call in a replay of a CUDA graph, where launching costs nothing, and what it gave there.
+def capture(call: Callable[[], T], count: int) -> tuple[Any, T]:
+    """A CUDA graph of `count` calls, whose replays cost no launching, and where the last call's output will be.
 
     Raises
     ------
@@ -177,7 +177,13 @@ def graph_seconds(call: Callable[[], T]) -> tuple[float, T]:
     cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
+        for _ in range(count):
             output = call()
+    return graph, output
+
+
+def graph_seconds(call: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of a call in a replay of a CUDA graph, and what it gave there; as `capture`."""
+    graph, output = capture(call, GRAPH_CALLS)
     times, _ = time_calls(graph.replay, REPLAYS)
     return statistics.median(times) / GRAPH_CALLS, output

@@ -151,6 +151,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _show_gpus(show: Callable[[str, str], None]) -> None:
     from rpe_tvm.gpu_targets import DEFAULT_ARCH
+    from rpe_tvm.plan import gpu_wisdom
     from rpe_tvm.runtime.gpu import gpus
 
     try:
@@ -162,6 +163,8 @@ def _show_gpus(show: Callable[[str, str], None]) -> None:
         show(
             f"gpu {index}", f"cuda-{gpu.arch}, {gpu.name}, {gpu.shared_bytes // 1024} KiB of shared memory for a block"
         )
+    for target_id in sorted({f"cuda-{gpu.arch}" for gpu in found}):
+        show("tuned records", f"{len(gpu_wisdom.records(target_id))} for {target_id}")
 
 
 def _compile(args: argparse.Namespace) -> int:
@@ -175,7 +178,7 @@ def _compile(args: argparse.Namespace) -> int:
     def choose(n: int) -> Any:
         if isinstance(target, GpuTargetSpec):
             try:
-                return gpu_choice.choose(n, args.features, args.head_dim, args.dtype)
+                return gpu_choice.choose(n, args.features, args.head_dim, args.dtype, target.id)
             except ValueError as error:
                 raise BuildError(str(error)) from error
         if args.op == "toeplitz":

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "rpe_tvm"
 BELOW = {
     "": set(),  # rpe_tvm/__init__.py
     "errors": set(),
+    "files": {"errors"},
     "reference": {"errors"},
     "plan": {"errors"},
     "runtime": {"errors", "plan"},
@@ -24,8 +25,11 @@ BELOW = {
     "targets": {"errors", "gpu_targets"},
     "te": {"errors", "plan"},
     "schedules": {"errors", "plan", "te"},
-    "build": {"errors", "plan", "te", "schedules", "gpu_targets", "targets", "runtime"},
-    "tune": {"errors", "plan", "te", "schedules", "targets", "build", "runtime", "reference"},
+    "build": {"errors", "files", "plan", "te", "schedules", "gpu_targets", "targets", "runtime"},
+    "tune": {
+        *("errors", "files", "plan", "te", "schedules", "gpu_targets", "targets", "build", "runtime", "reference"),
+        *("bench_problem", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
+    },
     "torch": {"errors", "plan", "runtime"},
     "peers": {"errors", "reference"},
     "bench_turns": {"errors"},
@@ -59,6 +63,7 @@ ON_DEMAND = {
     "gpu_targets": {"runtime"},
     "targets": {"runtime"},
     "torch": {"build", "targets"},
+    "tune": {"torch"},
     "bench_problem": {"torch"},
     "bench_peers": {"peers"},
     "bench_toeplitz": {"peers", "torch"},
@@ -75,7 +80,7 @@ BENCHMARKS = {
 HEAVY = {
     "tvm": ({"te", "schedules", "build", "tune"}, {"gpu_targets", "targets"}),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"targets"}),
-    "torch": ({"torch", "peers"}, BENCHMARKS),
+    "torch": ({"torch", "peers"}, {"tune", *BENCHMARKS}),
     "matplotlib": (set(), {"bench_output"}),
     "xgboost": (set(), {"tune"}),
 }
@@ -168,6 +173,7 @@ def test_import_is_quick_and_light(run_python: Callable[..., subprocess.Complete
         ("rpe_tvm.build", {"tvm", "torch"}),
         ("rpe_tvm.runtime", {"tvm"}),  # tvm_ffi imports torch by itself
         ("rpe_tvm.torch", {"tvm"}),
+        ("rpe_tvm.tune.gpu_cli", {"tvm"}),  # races run where there is none
     ],
 )
 def test_what_an_import_leaves_out(

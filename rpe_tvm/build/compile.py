@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpe_tvm.build import cache, cuda, link, manifest
-from rpe_tvm.build.files import copy_files
 from rpe_tvm.errors import BuildError
+from rpe_tvm.files import copy_files
 from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpe_tvm.build import device_code, fatbin, link, nvcc
-from rpe_tvm.build.files import copy_files
 from rpe_tvm.errors import BuildError
+from rpe_tvm.files import copy_files
 from rpe_tvm.gpu_targets import GpuTargetSpec, shared_bytes_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from rpe_tvm.build import cache, manifest
-from rpe_tvm.build.files import write_json
+from rpe_tvm.files import write_json
 from rpe_tvm.plan import wisdom
 from rpe_tvm.runtime.cpu import cpu_identity
 

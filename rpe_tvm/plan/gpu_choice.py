@@ -1,23 +1,27 @@
-"""Which algorithm serves a call on a GPU: tensor cores 16-bit numbers up to some length, else the FFT in float32."""
+"""Which algorithm and config serves a call on a GPU: what was measured, and a rule where nothing was."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
-from rpe_tvm.plan import gpu, gpu_direct
+from rpe_tvm.plan import gpu, gpu_direct, gpu_wisdom
 from rpe_tvm.plan.buckets import bucket_length
-from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_wisdom import GpuConfig
 
-GpuConfig = GpuAttentionConfig | TensorCoreConfig
-
-# From here on the FFT has fewer operations to do, counted at the rates of the H100's prototypes; not yet measured.
+# The rule: from here on the FFT has fewer operations to do, counted at the rates of the H100's prototypes.
 LONGEST_DIRECT = 32768
+# On all GPUs the algorithm is the one that was faster on these.
+MEASURED = "cuda-sm_90"
 
 
 def is_direct(n: int, num_features: int, head_dim: int, dtype: str) -> bool:
     """Return whether tensor cores serve up to `n` positions of `dtype`, a name such as ``bfloat16``."""
-    return dtype != "float32" and n <= LONGEST_DIRECT and _has_tiles(num_features, head_dim, dtype)
+    if dtype == "float32" or not _has_tiles(num_features, head_dim, dtype):
+        return False
+    measured = gpu_wisdom.nearest(MEASURED, n, num_features, head_dim, dtype)
+    return n <= LONGEST_DIRECT if measured is None else isinstance(measured.config, TensorCoreConfig)
 
 
 @functools.cache
@@ -30,22 +34,56 @@ def _has_tiles(num_features: int, head_dim: int, dtype: str) -> bool:
     return True
 
 
-def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32") -> GpuConfig:
+def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32") -> GpuConfig:
+    """Return the config for up to `n` positions of `dtype` where nothing was measured.
+
+    Raises
+    ------
+    ValueError
+        If there is none: for too many positions. Sixteen-bit numbers that tensor cores do not serve are converted, and
+        the config is that of float32.
+    """
+    if dtype != "float32" and n <= LONGEST_DIRECT and _has_tiles(num_features, head_dim, dtype):
+        return gpu_direct.choose(n, num_features, head_dim, dtype)  # type: ignore[arg-type]
+    return gpu.choose(n, num_features, head_dim)
+
+
+def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32", target_id: str = MEASURED) -> GpuConfig:
     """Return the config for up to `n` positions.
+
+    By FFT a measured choice for the same bucket, features and head dimension is taken as it is. Tiles of tensor cores
+    do not depend on the length: those of the nearest measured one are taken.
+
+    Parameters
+    ----------
+    n : int
+        The larger of the numbers of queries and keys.
+    num_features, head_dim : int
+        Features m and channels d.
+    dtype : str
+        Of query, key, value and the output.
+    target_id : str
+        As ``cuda-sm_90``.
 
     Raises
     ------
     ValueError
         If there is none: for too many positions, and for 16-bit numbers that `is_direct` denies.
     """
+    if dtype != "float32" and not is_direct(n, num_features, head_dim, dtype):
+        raise ValueError(
+            f"No kernel for {dtype}: expected a head_dim that is a multiple of 8, head_dim / 2 + num_features / 4 <= "
+            f"160, and not so many positions that the FFT in float32 is faster (by rule {LONGEST_DIRECT}), got n = "
+            f"{n}, head_dim {head_dim} and num_features {num_features}. Use float32."
+        )
+    length = bucket(n, dtype)
+    measured = gpu_wisdom.nearest(target_id, length, num_features, head_dim, dtype)
+    if measured is not None and measured.config.length == length and measured.config.dtype == dtype:
+        return measured.config
     if dtype == "float32":
         return gpu.choose(n, num_features, head_dim)
-    if not is_direct(n, num_features, head_dim, dtype):
-        raise ValueError(
-            f"No kernel for {dtype}: expected at most {LONGEST_DIRECT} positions, a head_dim that is a multiple of 8, "
-            f"and head_dim / 2 + num_features / 4 <= 160, got n = {n}, head_dim {head_dim} and num_features "
-            f"{num_features}. Use float32."
-        )
+    if measured is not None and isinstance(measured.config, TensorCoreConfig):
+        return replace(measured.config, length=length)
     return gpu_direct.choose(n, num_features, head_dim, dtype)  # type: ignore[arg-type]
 
 

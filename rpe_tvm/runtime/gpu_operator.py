@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from rpe_tvm.plan.gpu import GpuAttentionConfig
-from rpe_tvm.plan.gpu_choice import GpuConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 
 _FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
@@ -24,11 +22,6 @@ def function_names(config: GpuConfig) -> tuple[str, ...]:
     if config.columns == 1:
         return (*_FEATURES, "largest", *_SHORT, "normalise", *_FORWARD)
     return (*_FEATURES, "largest", *_LONG, "normalise")
-
-
-def config_from_json(fields: dict[str, Any]) -> GpuConfig:
-    """The config of a manifest: that of the FFT has radices."""
-    return GpuAttentionConfig.from_json(fields) if "radices" in fields else TensorCoreConfig.from_json(fields)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from rpe_tvm import __version__
 from rpe_tvm.errors import ArtefactError, GpuNotFoundError
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.gpu_wisdom import config_from_json
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.runtime import toeplitz, tvm_runtime
 from rpe_tvm.runtime.cpu import cpu_flags
 from rpe_tvm.runtime.gpu import gpus
-from rpe_tvm.runtime.gpu_operator import GpuInstance, config_from_json, function_names
+from rpe_tvm.runtime.gpu_operator import GpuInstance, function_names
 from rpe_tvm.runtime.operator import FUNCTIONS, Attention, Functions, Instance, backward_functions
 
 FORMAT = 1

@@ -14,8 +14,8 @@ from torch import Tensor
 from rpe_tvm.errors import GpuGradientError
 from rpe_tvm.plan import gpu, gpu_buffers, gpu_direct, gpu_workspace
 from rpe_tvm.plan.gpu import GpuAttentionConfig
-from rpe_tvm.plan.gpu_choice import GpuConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import GpuInstance
 
 

@@ -174,7 +174,7 @@ def _find_gpu_operator(gpu_index: int, bucket: int, num_features: int, head_dim:
             name=f"attention-m{num_features}-d{head_dim}-{dtype}",
             options=f"--op attention --features {num_features} --head-dim {head_dim} --target cuda --dtype {dtype}",
             load=lambda path, length: load_gpu(path, gpu_index),
-            choose=lambda target, bucket: gpu_choice.choose(bucket, num_features, head_dim, dtype),
+            choose=lambda target, bucket: gpu_choice.choose(bucket, num_features, head_dim, dtype, target.id),
             wrap=None,
             target=gpus()[gpu_index].arch,
         ),
@@ -274,7 +274,8 @@ def _compiled(kind: _Kind[T], bucket: int) -> T:
 def _from_cache(kind: _Kind[T], path: Path, bucket: int) -> T:
     operator = kind.load(path, bucket)
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["schedule"]["source"] == "default" and kind.target == "x86":  # GPUs have no tuner yet
+    # on GPUs the config is tuned, not its schedule
+    if manifest["schedule"]["source"] == "default" and kind.target == "x86":
         _warn_once(
             "not tuned",
             f"No tuned record for {manifest['target']['id']} and {kind.name}: running on the default schedule, which "

@@ -13,6 +13,7 @@ from rpe_tvm.build.workloads import TUNED
 from rpe_tvm.errors import RpeTvmError
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.tune.options import numbers
 from rpe_tvm.tune.session import Run, tune
 
 
@@ -31,14 +32,6 @@ PRESETS = {
     "default": Preset((512, 1024, 2048, 4096, 8192, 16384), (16, 32, 64), 16, 180.0),
     "thorough": Preset((256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384), (16, 24, 32, 64), 64, 1200.0),
 }
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Parse `512,1024` to positive numbers."""
-    values = tuple(int(part) for part in text.split(","))
-    if min(values) < 1:
-        raise ValueError(f"expected positive numbers, got {text}")
-    return values
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from tvm.s_tir import Schedule
 
 from rpe_tvm.build import records
-from rpe_tvm.build.files import write_json
 from rpe_tvm.build.workloads import TUNED, TUNING_HEADS, tuning_workload
 from rpe_tvm.errors import TuningError
+from rpe_tvm.files import write_json
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules import x86

@@ -9,11 +9,12 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rpe_tvm.build import manifest
-from rpe_tvm.build.files import write_json
-from rpe_tvm.build.records import Record
+from rpe_tvm.files import write_json
+
+if TYPE_CHECKING:
+    from rpe_tvm.build.records import Record
 
 FORMAT = 1
 
@@ -23,8 +24,10 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def environment(target: str, threads: int) -> dict[str, Any]:
-    """Return what a measurement depends on: device, threads, versions, commit, date."""
+def origin() -> dict[str, Any]:
+    """Return what compiled code depends on: versions, commit, date."""
+    from rpe_tvm.build import manifest  # needs TVM, which the host of a race on a GPU may not have
+
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         capture_output=True,
@@ -33,13 +36,15 @@ def environment(target: str, threads: int) -> dict[str, Any]:
         check=False,
     ).stdout.strip()
     return {
-        "device": cpu_name(),
-        "threads": threads,
-        "target": target,
         "versions": manifest.versions(),
         "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def environment(target: str, threads: int) -> dict[str, Any]:
+    """Return what a measurement on a CPU depends on: device, threads, versions, commit, date."""
+    return {"device": cpu_name(), "threads": threads, "target": target, **origin()}
 
 
 def cpu_name() -> str:
@@ -67,13 +72,21 @@ def publish(directory: Path, entry: Mapping[str, Any], record: Record, where: Ma
         From `environment`.
     """
     write_json(directory / "records" / f"{record.config.name}.json", record.to_json())
+    add_entry(directory, entry, where)
+
+
+def add_entry(directory: Path, entry: Mapping[str, Any], where: Mapping[str, Any]) -> None:
+    """Add a row to a target's wisdom table, in the place of one of the same sizes and dtype, and hash all files."""
     table = read_json(directory / "wisdom.json") or {"format": FORMAT, "entries": []}
-    shape = ("length", "num_features", "head_dim")
-    same = [entry["config"][key] for key in shape]
-    entries = [e for e in table["entries"] if [e["config"][key] for key in shape] != same]
-    entries.append(dict(entry))
-    entries.sort(key=lambda e: (e["config"]["head_dim"], e["config"]["num_features"], e["config"]["length"]))
+    entries = sorted([*(e for e in table["entries"] if _place(e) != _place(entry)), dict(entry)], key=_place)
     write_json(directory / "wisdom.json", {"format": FORMAT, "entries": entries})
     files = sorted(path for path in directory.rglob("*.json") if path.name != "manifest.json")
     hashes = {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    write_json(directory / "manifest.json", {"format": FORMAT, "op": record.config.op, **where, "files": hashes})
+    write_json(directory / "manifest.json", {"format": FORMAT, "op": directory.name, **where, "files": hashes})
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[str, int, int, int]:
+    """By what rows of a wisdom table are told apart, and in which order they stand."""
+    config = entry["config"]
+    length = entry.get("length", config["length"])  # of a GPU's row; the FFT's bucket may be a longer one
+    return entry.get("dtype", ""), config["head_dim"], config["num_features"], length

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpe_tvm import build, reference
 from rpe_tvm.errors import ArtefactError, CompilerNotFoundError, DTypeError, GpuGradientError
-from rpe_tvm.plan import gpu, gpu_buffers
+from rpe_tvm.plan import gpu, gpu_buffers, gpu_choice
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu import Gpu
@@ -365,7 +365,7 @@ def _write(path: Path, config: Any) -> Path:
 
 def test_one_operator_for_all_gpus_of_an_architecture(machine: Any) -> None:
     first = dispatch.get_gpu_operator(0, 1000, 32, 64)
-    assert first.config == gpu.choose(1024, 32, 64)
+    assert first.config == gpu_choice.choose(1024, 32, 64, target_id="cuda-sm_90")
     assert dispatch.get_gpu_operator(1, 1024, 32, 64) is first
     machine.compiled.clear()
     assert dispatch.get_gpu_operator(1, 100, 32, 64).config.length == 128

@@ -19,8 +19,8 @@ from rpe_tvm.build import compile as build
 from rpe_tvm.build import nvcc
 from rpe_tvm.errors import CompilerNotFoundError
 from rpe_tvm.plan.gpu import GpuAttentionConfig
-from rpe_tvm.plan.gpu_choice import GpuConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import tvm_runtime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -13,10 +13,10 @@ import pytest
 
 from rpe_tvm import targets
 from rpe_tvm.build import records
-from rpe_tvm.build.files import write_json
 from rpe_tvm.build.lower import lower
 from rpe_tvm.build.workloads import TUNING_HEADS, tuning_workload
 from rpe_tvm.errors import TuningError
+from rpe_tvm.files import write_json
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.tune import inputs, measure, search, session, store, verify

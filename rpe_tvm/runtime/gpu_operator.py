@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_choice import GpuConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
@@ -18,6 +19,8 @@ _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
 
 def function_names(config: GpuConfig) -> tuple[str, ...]:
     """The names of the functions that are compiled for a config."""
+    if isinstance(config, GpuBackwardConfig):
+        return (*_FEATURES, "largest", *_SHORT, "denominators", "backward")
     if isinstance(config, TensorCoreConfig):
         return (*_FEATURES, "weights", "attention")
     return (*_FEATURES, "largest", *(_SHORT if config.columns == 1 else _LONG), "normalise")

@@ -85,21 +85,29 @@ def attention_backward(
     of_denominator = scratch_tensor("correlation", (batch, heads, groups, 2, *spectrum_shape))
     functions["denominator_backward"](phi, weight, grad_phi, spectra, tables, total, of_denominator)
     correlations += of_denominator.sum((0, 2))
-    return Gradients(total, grad_value, _bias_gradient(config, correlations, rpe_bias, n_q, n_k, is_causal))
+    natural = torch.empty(correlations.shape[0], 2, config.length, dtype=torch.complex64)
+    natural[..., torch.from_numpy(frequencies(config))] = torch.view_as_complex(correlations.flatten(2, 4))
+    return Gradients(total, grad_value, bias_gradient(natural, rpe_bias, n_q, n_k, is_causal))
 
 
-def _bias_gradient(
-    config: BackwardConfig, correlation: Tensor, rpe_bias: Tensor, n_q: int, n_k: int, is_causal: bool
-) -> Tensor:
+def bias_gradient(spectra: Tensor, rpe_bias: Tensor, n_q: int, n_k: int, is_causal: bool) -> Tensor:
     """Gradient of b from the gradient of the spectra of exp(b): the inverse of how weights become spectra.
 
     With S_p the spectrum of parity p, grad c_t = Re sum_k,p S_p[k] exp(2 pi i t (k + p / 2) / P) / 2P and db = c dc.
+
+    Parameters
+    ----------
+    spectra : Tensor
+        S, complex ``[H, 2, P]``, frequencies in natural order.
+    rpe_bias : Tensor
+        ``[H, n_q + n_k - 1]``.
+    n_q, n_k, is_causal
+        As in the forward pass.
     """
-    length = config.length
-    spectra = torch.empty(correlation.shape[0], 2, length, dtype=torch.complex64)
-    spectra[..., torch.from_numpy(frequencies(config))] = torch.view_as_complex(correlation.flatten(2, 4))
+    length = spectra.shape[2]
     circular = torch.fft.ifft(spectra)
-    turn = torch.polar(torch.ones(length), torch.arange(length) * (math.pi / length))
+    angles = torch.arange(length, device=spectra.device) * (math.pi / length)
+    turn = torch.polar(torch.ones_like(angles), angles)
     even, odd = circular[:, 0].real, (circular[:, 1] * turn).real
     ahead, behind = (even + odd) / 2, (even - odd) / 2  # offsets 0 .. P-1, and -P .. -1
     by_offset = torch.cat((behind[:, length - (n_q - 1) :], ahead[:, :n_k]), dim=1)
@@ -143,12 +151,12 @@ def feature_map_gradients(
         ``[B, H, n, d]`` and ``[m, d]`` or None, contiguous.
     """
     along = grad_exponent @ projection
-    scaled = scratch_tensor("scaled", x.shape)
+    scaled = _memory("scaled", x)
     if feature_map == "nprf":
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = torch.where(norm == 0, 0.0, 1.0 / norm)
         scaled = torch.mul(x, inverse, out=scaled)
-        products = torch.mul(scaled, along, out=scratch_tensor("products", x.shape))
+        products = torch.mul(scaled, along, out=_memory("products", x))
         grad_x = along.addcmul_(scaled, products.sum(-1, keepdim=True), value=-1.0).mul_(inverse)
     else:
         inverse = projection.shape[1] ** -0.25
@@ -156,3 +164,8 @@ def feature_map_gradients(
         grad_x = along.addcmul_(scaled, grad_exponent.sum(-1, keepdim=True), value=-1.0).mul_(inverse)
     grad_projection = grad_exponent.flatten(0, 2).mT @ scaled.flatten(0, 2) if of_projection else None
     return grad_x.contiguous(), grad_projection
+
+
+def _memory(name: str, like: Tensor) -> Tensor:
+    """Memory as `scratch_tensor`; on GPUs torch's, which is cheap there and bound to the stream."""
+    return scratch_tensor(name, like.shape) if like.is_cpu else torch.empty_like(like)

@@ -1,0 +1,185 @@
+"""Gradients of attention by FFT on GPUs: the generated CUDA source, run on the CPU, against the float64 reference."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cuda_on_cpu import compile_kernel  # noqa: E402
+
+from rpe_tvm import reference
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig, choose
+from rpe_tvm.runtime import GpuInstance
+from rpe_tvm.runtime.gpu_operator import function_names
+from rpe_tvm.torch import core, cuda_backward, operators
+
+pytestmark = pytest.mark.compile
+
+M, D, B, H = 3, 3, 2, 2
+SHORT = choose(60, M, D)
+STAGES = GpuBackwardConfig(M, D, 128, (8, 4, 4), 16)
+
+
+class Emulated:
+    """The compiled functions of a config, run on the CPU block by block; each checks nothing but computes the same."""
+
+    def __init__(self, config: GpuBackwardConfig) -> None:
+        self.config, self.source, self.kernels = config, generated(config), {}
+        self.directory = tempfile.TemporaryDirectory()
+        self.calls: list[str] = []
+        self.instance = GpuInstance(
+            config, {name: functools.partial(self.call, name) for name in function_names(config)}
+        )
+
+    def call(self, name: str, *arguments: Any) -> None:
+        self.calls.append(name)
+        arrays = [x.numpy() if isinstance(x, torch.Tensor) else x for x in arguments]
+        method: Callable[..., None] = self.features if name.startswith("features") else getattr(self, name)
+        method(*arrays, **({"name": name} if name.startswith("features") else {}))
+
+    def launch(self, kernel: str, grid: tuple[int, int, int], threads: int, **arguments: Any) -> None:
+        if kernel not in self.kernels:
+            self.kernels[kernel] = compile_kernel(self.source, Path(self.directory.name), kernel)
+        sizes = {}
+        for name, x in arguments.items():
+            if name in ("query", "key", "value"):
+                sizes |= {f"{name}_stride{axis}": x.strides[axis] // 4 for axis in range(x.ndim - 1)}
+        for z in range(grid[2]):
+            for y in range(grid[1]):
+                for x in range(grid[0]):
+                    self.kernels[kernel]((x, y, z), threads, {"batch": grid[2], "heads": grid[1], **sizes, **arguments})
+
+    def features(self, query: Any, key: Any, projection: Any, phi_q: Any, phi_k: Any, name: str) -> None:
+        grid, threads = (max(1, self.config.length // 64), *query.shape[1::-1]), 64 * min(-(-M // 8), 4)
+        sizes = {"n_query": query.shape[2], "n_key": key.shape[2], "projection": projection}
+        self.launch(f"{name}_kernel", grid, threads, query=query, phi_q=phi_q, **sizes)
+        self.launch(f"{name}_kernel_1", grid, threads, key=key, phi_k=phi_k, **sizes)
+
+    def largest(self, bias: Any, n_q: int, n_k: int, causal: int, largest: Any) -> None:
+        # its kernel reduces across threads with shuffles, which cannot run here
+        largest[:] = bias[:, : n_q if causal else None].max(1)
+
+    def spectrum(self, bias: Any, largest: Any, n_q: int, n_k: int, causal: int, tables: Any, spectrum: Any) -> None:
+        arguments = {"rpe_bias": bias, "largest": largest, "n_query": n_q, "n_key": n_k, "causal": causal}
+        grid = (2, len(bias), 1)
+        self.launch("spectrum_kernel", grid, self.config.threads, **arguments, tables=tables, spectrum=spectrum)
+
+    def denominators(self, phi_q: Any, phi_k: Any, spectrum: Any, tables: Any, terms: Any) -> None:
+        arguments = {"phi_q": phi_q, "phi_k": phi_k, "spectrum": spectrum, "tables": tables, "terms": terms}
+        self.launch("denominators_kernel", (2 * M, *phi_q.shape[1::-1]), self.config.threads, **arguments)
+
+    def backward(self, phi_q: Any, phi_k: Any, channels: Any, spectrum: Any, tables: Any, sums: Any) -> None:
+        arguments = {"phi_q": phi_q, "phi_k": phi_k, "channels": channels, "spectrum": spectrum, "tables": tables}
+        self.launch("backward_kernel", (2 * M, *phi_q.shape[1::-1]), self.config.threads, **arguments, sums=sums)
+
+    def attention(self, phi_q: Any, phi_k: Any, value: Any, spectrum: Any, tables: Any, partial: Any) -> None:
+        arguments = {"phi_q": phi_q, "phi_k": phi_k, "value": value, "spectrum": spectrum, "tables": tables}
+        grid = (2 * self.config.pairs, *phi_q.shape[1::-1])
+        n_key = value.shape[2]
+        self.launch("attention_kernel", grid, self.config.threads, **arguments, partial=partial, n_key=n_key)
+
+
+def generated(config: GpuBackwardConfig) -> str:
+    """The CUDA source of all functions of a config."""
+    import tvm
+    from tvm.target import Target
+
+    from rpe_tvm.build.device_code import generate
+    from rpe_tvm.build.lower_gpu_backward import lower
+
+    target = Target({"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024}, host={"kind": "llvm"})
+    with target, tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
+        return generate(lower(config).mod, target, config.name).source
+
+
+@functools.cache
+def emulated(config: GpuBackwardConfig) -> Emulated:
+    return Emulated(config)
+
+
+@pytest.fixture
+def fresh_memory_holds_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _serve(monkeypatch: pytest.MonkeyPatch, config: GpuBackwardConfig) -> Emulated:
+    made = emulated(config)
+    made.calls.clear()
+    for module in (operators, core):
+        monkeypatch.setattr(module, "get_gpu_backward", lambda index, n, m, d: made.instance)
+    return made
+
+
+def _inputs(n_q: int, n_k: int, d: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(n_q)
+    query, grad_out = torch.randn(2, B, n_q, H, d, generator=g).transpose(2, 3).unbind()
+    key, value = torch.randn(2, B, H, n_k, d + 1, generator=g)[..., 1:].unbind()
+    bias, projection = torch.randn(H, n_q + n_k - 1, generator=g), torch.randn(M, d, generator=g)
+    return {
+        "grad_out": grad_out,
+        "query": query,
+        "key": key,
+        "value": value,
+        "rpe_bias": bias,
+        "projection": projection,
+    }
+
+
+def _check(found: tuple[torch.Tensor, ...], want: Any, tolerance: float) -> None:
+    for x, y, name in zip(found, want, want._fields, strict=True):
+        assert x.shape == y.shape and x.is_contiguous() and x.isfinite().all()
+        error = np.linalg.norm(x.double().numpy() - y) / np.linalg.norm(y)
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "config", "feature_map", "is_causal"),
+    [
+        (64, 64, SHORT, "nprf", False),
+        (37, 60, SHORT, "prf", False),
+        (60, 37, SHORT, "nprf", True),
+        (1, 1, SHORT, "prf", True),
+        (101, 127, STAGES, "nprf", True),
+        (128, 90, GpuBackwardConfig(M, 4, 128, (16, 8), 8), "prf", False),
+    ],
+)
+@pytest.mark.usefixtures("fresh_memory_holds_nan")
+def test_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+    n_q: int,
+    n_k: int,
+    config: GpuBackwardConfig,
+    feature_map: str,
+    is_causal: bool,
+) -> None:
+    made = _serve(monkeypatch, config)
+    inputs = _inputs(n_q, n_k, config.head_dim)
+    grad_out, *tensors = inputs.values()
+    arrays = {name: x.double().numpy() for name, x in inputs.items()}
+    out = reference.attention(
+        **{k: v for k, v in arrays.items() if k != "grad_out"}, feature_map=feature_map, is_causal=is_causal
+    )[2]
+    found = operators._kernelized_attention_backward_cuda(
+        grad_out, *tensors, torch.tensor(out).float(), feature_map, is_causal, True
+    )
+    want = reference.attention_gradients(**arrays, feature_map=feature_map, is_causal=is_causal)
+    # causal: rows of few terms carry the rounding errors of the longest sums, see docs/operators.md
+    if n_q == 1:
+        assert all(x.abs().max() < 1e-4 for x in (found[0], found[1], found[3], found[4]))
+        torch.testing.assert_close(found[2].double(), torch.from_numpy(want.value), rtol=1e-5, atol=1e-6)
+    else:
+        _check(found, want, 2e-3 if is_causal else 5e-6)
+    assert set(made.calls) == set(function_names(config)) - {
+        f"features_{name}" for name in ("prf", "nprf") if name != feature_map
+    }

@@ -18,15 +18,16 @@ from cuda_on_cpu import compile_kernel  # noqa: E402
 
 from rpe_tvm import reference
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig, choose
+from rpe_tvm.reference import gradients
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu_operator import function_names
-from rpe_tvm.torch import core, cuda_backward, operators
+from rpe_tvm.torch import core, operators
 
 pytestmark = pytest.mark.compile
 
 M, D, B, H = 3, 3, 2, 2
 SHORT = choose(60, M, D)
-STAGES = GpuBackwardConfig(M, D, 128, (8, 4, 4), 16)
+STAGES = GpuBackwardConfig(M, 4, 128, (8, 4, 4), 16)
 
 
 class Emulated:
@@ -143,43 +144,70 @@ def _check(found: tuple[torch.Tensor, ...], want: Any, tolerance: float) -> None
         assert error < tolerance, (name, error)
 
 
-@pytest.mark.parametrize(
-    ("n_q", "n_k", "config", "feature_map", "is_causal"),
-    [
-        (64, 64, SHORT, "nprf", False),
-        (37, 60, SHORT, "prf", False),
-        (60, 37, SHORT, "nprf", True),
-        (1, 1, SHORT, "prf", True),
-        (101, 127, STAGES, "nprf", True),
-        (128, 90, GpuBackwardConfig(M, 4, 128, (16, 8), 8), "prf", False),
-    ],
-)
+CASES = [
+    # n_q, n_k, config, feature map, causal
+    (64, 64, SHORT, "nprf", False),
+    (37, 60, SHORT, "prf", False),
+    (60, 37, SHORT, "nprf", True),
+    (101, 127, STAGES, "prf", True),
+]
+
+
+@pytest.mark.parametrize(("n_q", "n_k", "config", "feature_map", "is_causal"), CASES)
 @pytest.mark.usefixtures("fresh_memory_holds_nan")
 def test_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-    n_q: int,
-    n_k: int,
-    config: GpuBackwardConfig,
-    feature_map: str,
-    is_causal: bool,
+    monkeypatch: pytest.MonkeyPatch, n_q: int, n_k: int, config: GpuBackwardConfig, feature_map: str, is_causal: bool
 ) -> None:
     made = _serve(monkeypatch, config)
     inputs = _inputs(n_q, n_k, config.head_dim)
     grad_out, *tensors = inputs.values()
-    arrays = {name: x.double().numpy() for name, x in inputs.items()}
-    out = reference.attention(
-        **{k: v for k, v in arrays.items() if k != "grad_out"}, feature_map=feature_map, is_causal=is_causal
-    )[2]
+    arrays = [x.double().numpy() for x in inputs.values()]
+    out = reference.attention(*arrays[1:], feature_map=feature_map, is_causal=is_causal)[2]
     found = operators._kernelized_attention_backward_cuda(
         grad_out, *tensors, torch.tensor(out).float(), feature_map, is_causal, True
     )
-    want = reference.attention_gradients(**arrays, feature_map=feature_map, is_causal=is_causal)
+    want = reference.attention_gradients(*arrays, feature_map, is_causal)
     # causal: rows of few terms carry the rounding errors of the longest sums, see docs/operators.md
-    if n_q == 1:
-        assert all(x.abs().max() < 1e-4 for x in (found[0], found[1], found[3], found[4]))
-        torch.testing.assert_close(found[2].double(), torch.from_numpy(want.value), rtol=1e-5, atol=1e-6)
-    else:
-        _check(found, want, 2e-3 if is_causal else 5e-6)
-    assert set(made.calls) == set(function_names(config)) - {
-        f"features_{name}" for name in ("prf", "nprf") if name != feature_map
-    }
+    _check(found, want, 1e-3 if is_causal else 2e-6)
+    unused = {f"features_{name}" for name in ("prf", "nprf") if name != feature_map}
+    assert set(made.calls) == set(function_names(config)) - unused
+
+
+@pytest.mark.usefixtures("fresh_memory_holds_nan")
+def test_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is the value itself: no other gradient."""
+    _serve(monkeypatch, SHORT)
+    grad_out, query, key, value, bias, projection = _inputs(1, 1, D).values()
+    found = operators._kernelized_attention_backward_cuda(
+        grad_out, query, key, value, bias, projection, value, "prf", True, False
+    )
+    torch.testing.assert_close(found[2], grad_out.contiguous(), rtol=1e-5, atol=1e-5)
+    for x in (found[0], found[1], found[3], found[4]):
+        torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_memory_holds_nan")
+def test_ready_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries that see no key with features pass no gradient."""
+    _serve(monkeypatch, SHORT)
+    grad_out, query, key, value, bias, _ = _inputs(50, 60, D).values()
+    phi_q, phi_k = query.exp(), key.exp()
+    phi_k[:, :, :12] = 0.0
+    arrays = [x.double().numpy() for x in (grad_out, phi_q, phi_k, value, bias)]
+    out, sees_none = core._forward(phi_q, phi_k, value, bias, True)
+    found = core._backward_cuda(grad_out, phi_q, phi_k, value, bias, out, sees_none, True)
+    assert (found[0][:, :, :12] == 0).all()
+    _check(found, gradients.core_gradients(*arrays, is_causal=True), 1e-3)
+
+
+@pytest.mark.usefixtures("fresh_memory_holds_nan")
+def test_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    _serve(monkeypatch, SHORT)
+    grad_out, query, key, value, bias, projection = _inputs(60, 60, D).values()
+    half = [x.bfloat16() for x in (grad_out, query, key, value)]
+    exact = [*(x.float() for x in half), bias, projection]
+    arrays = [x.double().numpy() for x in exact]
+    out = torch.tensor(reference.attention(*arrays[1:], feature_map="nprf")[2])
+    found = operators._kernelized_attention_backward_cuda(*half, bias, projection, out.bfloat16(), "nprf", False, True)
+    assert [x.dtype for x in found] == [torch.bfloat16] * 3 + [torch.float32] * 2
+    _check(found, reference.attention_gradients(*arrays, "nprf"), 4 * torch.finfo(torch.bfloat16).eps)

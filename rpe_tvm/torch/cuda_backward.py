@@ -36,8 +36,9 @@ def check_length(n: int) -> None:
     """Raise `GpuGradientError` if there are no gradients for n positions, the larger of queries and keys."""
     if n > gpu_backward.LONGEST:
         raise GpuGradientError(
-            f"Gradients of attention on GPUs serve up to {gpu_backward.LONGEST} queries and keys so far, got {n}. Run it "
-            "under torch.no_grad(), or move the tensors to the CPU (.cpu()), where gradients of all lengths are compiled."
+            f"Gradients of attention on GPUs serve up to {gpu_backward.LONGEST} queries and keys so far, got {n}. Run "
+            "it under torch.no_grad(), or move the tensors to the CPU (.cpu()), where gradients of all lengths are "
+            "compiled."
         )
 
 

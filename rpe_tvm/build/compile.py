@@ -15,6 +15,7 @@ from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.targets import AnyTarget, TargetSpec, to_tvm
@@ -161,12 +162,21 @@ def copy_artefact(artefact: Path, destination: Path) -> Path:
 
 def _lower(config: Config, target: AnyTarget) -> Lowered:
     # Not at the top: they import tvm, and the cache and the linker need none.
-    from rpe_tvm.build import lower, lower_backward, lower_gpu, lower_tensor_cores, lower_toeplitz
+    from rpe_tvm.build import (
+        lower,
+        lower_backward,
+        lower_gpu,
+        lower_gpu_backward,
+        lower_tensor_cores,
+        lower_toeplitz,
+    )
 
     if isinstance(config, GpuAttentionConfig | TensorCoreConfig):
         if isinstance(target, GpuTargetSpec):
             if isinstance(config, TensorCoreConfig):
                 return lower_tensor_cores.lower(config)
+            if isinstance(config, GpuBackwardConfig):
+                return lower_gpu_backward.lower(config)
             return lower_gpu.lower(config)
         raise BuildError(
             f"The config {config.name} is for GPUs, and the target {target.id} is none: expected cuda-sm_*."

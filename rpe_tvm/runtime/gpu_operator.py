@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
@@ -17,6 +18,8 @@ _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
 
 def function_names(config: GpuConfig) -> tuple[str, ...]:
     """The names of the functions that are compiled for a config."""
+    if isinstance(config, GpuBackwardConfig):
+        return (*_FEATURES, "largest", *_SHORT, "denominators", "backward")
     if isinstance(config, TensorCoreConfig):
         return (*_FEATURES, "weights", "attention", *_FORWARD)
     if config.columns == 1:

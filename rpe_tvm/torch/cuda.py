@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from rpe_tvm.errors import GpuGradientError
 from rpe_tvm.plan import gpu, gpu_buffers, gpu_direct, gpu_workspace
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
@@ -74,14 +73,6 @@ def attention_on_features(
     with _current(phi_q):
         packed = [_pack(instance, phi) for phi in (phi_q, phi_k)]
         _on_features(instance, packed[0], packed[1], value, rpe_bias, out, is_causal)
-
-
-def refuse_gradients(*arguments: object) -> tuple[Tensor, ...]:
-    """Raise `GpuGradientError`: what the gradients of GPU tensors run into."""
-    raise GpuGradientError(
-        "There are no gradients of attention on GPUs yet. Run it under torch.no_grad(), or move the tensors to the CPU "
-        "(.cpu()), where gradients are compiled."
-    )
 
 
 def _current(x: Tensor) -> AbstractContextManager[object]:

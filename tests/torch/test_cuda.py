@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpe_tvm import build, reference
 from rpe_tvm.errors import ArtefactError, CompilerNotFoundError, DTypeError, GpuGradientError
-from rpe_tvm.plan import gpu, gpu_buffers, gpu_choice
+from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers, gpu_choice
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu import Gpu
@@ -254,10 +254,21 @@ def test_kernels_for_gpus_are_registered(name: str) -> None:
 
 
 def test_gradients_say_what_works() -> None:
-    with pytest.raises(GpuGradientError, match=r"no gradients of attention on GPUs yet.*torch.no_grad\(\).*\.cpu\(\)"):
-        cuda.refuse_gradients()
-    with pytest.raises(NotImplementedError):
-        cuda.refuse_gradients(1, 2)
+    n = gpu_backward.LONGEST + 1
+    x = torch.empty(1, 1, n, D)
+    bias, projection = torch.empty(1, 2 * n - 1), torch.empty(M, D)
+    says = rf"up to {n - 1} queries and keys so far, got {n}.*torch.no_grad\(\).*\.cpu\(\)"
+    with pytest.raises(GpuGradientError, match=says):
+        operators._kernelized_attention_backward_cuda(x, x, x, x, bias, projection, x, "prf", False, True)
+    with pytest.raises(GpuGradientError, match=says):
+        core._backward_cuda(x, x, x, x, bias, x, torch.zeros(1, 1, n, 1, dtype=torch.bool), False)
+
+
+def test_gradients_of_nothing_are_zero() -> None:
+    query, key, value, bias, projection = _inputs(5, 5)
+    inputs = query, key[:, :, :0], value[:, :, :0], bias[:, :4], projection
+    found = operators._kernelized_attention_backward_cuda(query, *inputs, query, "prf", False, True)
+    assert all(torch.equal(grad, torch.zeros(x.shape)) for grad, x in zip(found, inputs, strict=True))
 
 
 def test_gpu_tensors_pass_the_checks_and_keep_their_device() -> None:

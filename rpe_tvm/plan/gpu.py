@@ -79,6 +79,13 @@ class GpuAttentionConfig:
                 f"Invalid radices: expected two or more whose product is {self.length} / (columns * folds), got "
                 f"{self.radices}, columns {self.columns} and folds {self.folds}."
             )
+        # Threads that take turns must have the same number: else barriers stand where only some of them come by.
+        butterflies = [self.row // radix for radix in self.radices]
+        if any(count > self.threads and count % self.threads for count in butterflies):
+            raise ValueError(
+                f"Invalid threads: expected a divisor of each stage's butterflies {butterflies} that are more than "
+                f"threads, got {self.threads} for radices {self.radices}."
+            )
         if min(self.columns, self.folds) != 1:
             raise ValueError(f"Invalid folds: expected 1 where there are columns, got {self.folds}.")
         if not {*self.radices, self.columns} <= {1, *RADICES}:

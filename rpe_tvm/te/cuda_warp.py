@@ -86,6 +86,11 @@ def pack(dtype: str, target: Expr, low: Expr, high: Expr) -> None:
     T.evaluate(T.ptx[f"cvt.rn.{PTX_NAMES[dtype]}x2.f32"](target, high, low))
 
 
+def power_of_2(target: Buffer, index: int, exponent: Expr) -> None:
+    """Put 2 to the exponent into a register, to 2 units in the last place; below 2^-126 zero."""
+    T.evaluate(T.ptx["ex2.approx.ftz.f32"](target[index], exponent))
+
+
 def quad_sum(array: Buffer, index: int) -> None:
     """Give the four lanes of each group the sum of their values."""
     for distance in (1, 2):

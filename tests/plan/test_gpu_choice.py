@@ -1,6 +1,7 @@
 """Which algorithm and config serves a call on a GPU."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -93,3 +94,9 @@ def test_more_can_be_direct_than_the_rule_says(logs):
     n = 2 * gpu_choice.LONGEST_DIRECT
     logs("cuda-sm_90", ("bfloat16", n, gpu_direct.choose(n, 32, 64, "bfloat16")))
     assert gpu_choice.is_direct(n, 32, 64, "bfloat16") and not gpu_choice.is_direct(n + 1, 32, 64, "bfloat16")
+
+
+@pytest.mark.parametrize(("radices", "threads"), [((10, 16, 8), 96), ((12, 16, 16), 192)])
+def test_threads_that_would_wait_at_different_barriers_are_refused(radices: tuple[int, ...], threads: int) -> None:
+    with pytest.raises(ValueError, match="Invalid threads: expected a divisor"):
+        gpu.GpuAttentionConfig(32, 64, math.prod(radices), radices, threads)

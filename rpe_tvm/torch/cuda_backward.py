@@ -146,7 +146,7 @@ def _of_features(
     functions["spectrum"](rpe_bias, largest, n_q, n_k, int(is_causal), tables, spectrum)
 
     terms = phi_q.new_empty(gpu_buffers.denominator_terms(config, batch, heads))
-    functions["denominators"](phi_q, phi_k, spectrum, tables, terms.unflatten(4, by_first_radix))
+    functions["denominators"](phi_q, phi_k, spectrum, tables, torch.unflatten(terms, 4, by_first_radix))
     denominator = terms.sum((2, 3))[:, :, :n_q, None]
     inverse = torch.where(denominator == 0, 0.0, 1.0 / denominator)
     grad = torch.mul(grad_out, inverse, out=phi_q.new_empty(out.shape))
@@ -158,7 +158,12 @@ def _of_features(
     _pack_channels(grad, weight, turns, channels[1])
     sums = phi_q.new_empty(gpu_buffers.backward_sums(config, batch, heads))
     functions["backward"](
-        phi_q, phi_k, channels.unflatten(5, by_first_radix), spectrum, tables, sums.unflatten(5, by_first_radix)
+        phi_q,
+        phi_k,
+        torch.unflatten(channels, 5, by_first_radix),
+        spectrum,
+        tables,
+        torch.unflatten(sums, 5, by_first_radix),
     )
     grad_phi_q, grad_phi_k = sums[:, :, :, :, :2].sum(3).unbind(3)
     correlation = _natural_order(config, sums[:, :, :, :, 2:].sum((0, 2)))
@@ -166,7 +171,7 @@ def _of_features(
     # C^T is C with queries and keys exchanged, and its spectrum the conjugate
     partial = phi_q.new_empty(gpu_buffers.partial(config, batch, heads))
     conjugate = torch.view_as_real(torch.view_as_complex(spectrum).conj().resolve_conj())
-    functions["attention"](phi_k, phi_q, grad, conjugate, tables, partial.unflatten(4, (1, *by_first_radix)))
+    functions["attention"](phi_k, phi_q, grad, conjugate, tables, torch.unflatten(partial, 4, (1, *by_first_radix)))
     return Gradients(
         grad_phi_q,
         grad_phi_k,
@@ -182,7 +187,7 @@ def _pack_channels(rows: Tensor, last: Tensor | float, turns: Tensor, out: Tenso
     padded = out.new_zeros(batch, heads, length, 2 * pairs)
     padded[:, :, :n, :d] = rows
     padded[:, :, :n, d] = last
-    plain = torch.view_as_complex(padded.unflatten(3, (pairs, 2))).mT
+    plain = torch.view_as_complex(torch.unflatten(padded, 3, (pairs, 2))).mT
     packed = torch.view_as_complex(out)
     packed[:, :, :, 0] = plain
     packed[:, :, :, 1] = plain * turns
@@ -200,8 +205,8 @@ def _natural_order(config: GpuBackwardConfig, correlation: Tensor) -> Tensor:
     Digit order holds frequency sum_k digit_k prod(radices before k) at the position whose first digit counts most.
     """
     last, first = config.radices[-1], config.radices[0]
-    by_digits = correlation.unflatten(3, (first // last, last, config.row // first)).transpose(4, 5)
-    digits = torch.complex(*by_digits.flatten(3).unbind(2)).unflatten(2, config.radices)
+    by_digits = torch.unflatten(correlation, 3, (first // last, last, config.row // first)).transpose(4, 5)
+    digits = torch.unflatten(torch.complex(*by_digits.flatten(3).unbind(2)), 2, config.radices)
     axes = range(digits.dim() - 1, 1, -1)
     return digits.permute(0, 1, *axes).flatten(2)
 
@@ -214,7 +219,7 @@ def _pack_features(config: GpuBackwardConfig, phi: Tensor) -> Tensor:
 
 def _turns(config: GpuBackwardConfig, tables: Tensor) -> Tensor:
     start = gpu.layout(config).turns
-    return tables[start : start + 2 * config.length].unflatten(0, (-1, 2))
+    return tables[start : start + 2 * config.length].view(-1, 2)
 
 
 def _config(instance: GpuInstance) -> GpuBackwardConfig:

@@ -14,14 +14,19 @@ from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.schedules import gpu_backward as schedules
 from rpe_tvm.te import gpu_backward, shapes
 
-# of attention's functions: `attention` itself gives the gradient of the values
-SHARED = ("features_prf", "features_nprf", "largest", "spectrum", "attention")
+# functions of attention
+SHARED = ("features_prf", "features_nprf", "largest", "spectrum")
 
 
 def lower(config: GpuBackwardConfig) -> Lowered:
-    """Return the functions `SHARED` as attention has them, and `denominators` and `backward`, scheduled."""
+    """Return the functions `SHARED` as attention has them, and `attention`, `denominators` and `backward`, scheduled.
+
+    `attention` is that of `config.of_values`, whose gradient it makes.
+    """
     of_attention = lower_gpu.lower(config).mod
     functions = {name: of_attention[name] for name in SHARED}
+    of_values = of_attention if config.of_values == config else lower_gpu.lower(config.of_values).mod
+    functions["attention"] = of_values["attention"]
     for name, expressions, schedule in (
         ("denominators", gpu_backward.denominators, schedules.denominators),
         ("backward", gpu_backward.fft_backward, schedules.fft_backward),

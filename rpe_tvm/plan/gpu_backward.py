@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rpe_tvm.plan import gpu
@@ -40,6 +40,15 @@ class GpuBackwardConfig(GpuAttentionConfig):
     def name(self) -> str:
         """Readable name of the compiled operator, one per bucket."""
         return f"backward-m{self.num_features}-d{self.head_dim}-n{self.length}-{self.dtype}"
+
+    @property
+    def of_values(self) -> GpuBackwardConfig:
+        """The config of the kernel of the values' gradient: an even number of channels.
+
+        Its channel of ones would share a complex number with an odd one, and g, divided by sums over all keys, would
+        lose digits beside it.
+        """
+        return replace(self, head_dim=self.head_dim + self.head_dim % 2)
 
 
 def choose(n: int, num_features: int, head_dim: int) -> GpuBackwardConfig:

@@ -169,9 +169,10 @@ def _of_features(
     correlation = _natural_order(config, sums[:, :, :, :, 2:].sum((0, 2)))
 
     # C^T is C with queries and keys exchanged, and its spectrum the conjugate
-    partial = phi_q.new_empty(gpu_buffers.partial(config, batch, heads))
+    partial = phi_q.new_empty(gpu_buffers.partial(config.of_values, batch, heads))
+    padded = torch.nn.functional.pad(grad, (0, config.of_values.head_dim - d))
     conjugate = torch.view_as_real(torch.view_as_complex(spectrum).conj().resolve_conj())
-    functions["attention"](phi_k, phi_q, grad, conjugate, tables, torch.unflatten(partial, 4, (1, *by_first_radix)))
+    functions["attention"](phi_k, phi_q, padded, conjugate, tables, torch.unflatten(partial, 4, (1, *by_first_radix)))
     return Gradients(
         grad_phi_q,
         grad_phi_k,

@@ -85,7 +85,7 @@ class Emulated:
 
     def attention(self, phi_q: Any, phi_k: Any, value: Any, spectrum: Any, tables: Any, partial: Any) -> None:
         arguments = {"phi_q": phi_q, "phi_k": phi_k, "value": value, "spectrum": spectrum, "tables": tables}
-        grid = (2 * self.config.pairs, *phi_q.shape[1::-1])
+        grid = (2 * partial.shape[2], *phi_q.shape[1::-1])
         n_key = value.shape[2]
         self.launch("attention_kernel", grid, self.config.threads, **arguments, partial=partial, n_key=n_key)
 

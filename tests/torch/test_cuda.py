@@ -397,6 +397,19 @@ def test_a_directory_of_artefacts_serves_gpus(machine: Any, tmp_path: Path) -> N
     assert dispatch._from_artefacts(SimpleNamespace(name="attention-m32-d64"), 64) is None  # that is the CPU's
 
 
+def test_gradients_are_operators_of_their_own(machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(dispatch, "load_gpu_backward", lambda path, index: (path.name, index))
+    config = gpu_backward.choose(300, 32, 64)
+    assert dispatch.get_gpu_backward(1, 300, 32, 64) == (config.name, 1)
+    assert machine.compiled == [(config, "cuda-sm_90")]
+    machine.compiled.clear()
+    for each in (config, gpu.choose(300, 32, 64)):
+        _write(tmp_path / "shipped" / each.name / "cuda-sm_90", each)
+    use_artefacts(tmp_path / "shipped")
+    assert dispatch.get_gpu_backward(0, 100, 32, 64) == ("backward-m32-d64-n512-float32", 0)
+    assert machine.compiled == []
+
+
 def test_without_nvcc_there_is_no_second_way(machine: Any) -> None:
     machine.error = CompilerNotFoundError("No nvcc: install it")
     with pytest.raises(CompilerNotFoundError, match="No nvcc: install it"):

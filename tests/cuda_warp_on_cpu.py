@@ -40,6 +40,7 @@ using std::min;
 struct nv_bfloat16 { uint16_t bits; };
 struct half { uint16_t bits; operator float() const { _Float16 x; memcpy(&x, &bits, 2); return (float)x; } };
 #define CUDART_INF_F INFINITY
+static float rsqrtf(float x) { return 1 / sqrtf(x); }
 struct Index { int x, y, z; };
 struct Barrier { int threads, arrived, generation; };
 struct Copy { void* target; const void* source; };
@@ -201,6 +202,8 @@ INSTRUCTIONS = (
     (r"cp\.async\.wait_group (\d+)", "wait_group({0})"),
     (r"ld\.shared\.f32 .*\[%1\+?(-?\d*)\]", "memcpy(&{names[0]}, at_shared({names[1]} + {0}, 4), 4)"),
     (r"st\.shared\.f32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),
+    (r"st\.shared\.u32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),
+    (r"ex2\.approx\.ftz\.f32 ", "{names[0]} = exp2f({names[1]})"),
     (r"ld\.global\.nc\.u32 ", "memcpy(&{names[0]}, {names[1]}, 4)"),
     (r"st\.global\.u32 ", "memcpy((void*){names[0]}, &{names[1]}, 4)"),
     (r"cvt\.rn\.bf16x2\.f32 ", "{names[0]} = to_bf16({names[1]}) << 16 | to_bf16({names[2]})"),

@@ -51,6 +51,9 @@ class TensorCoreConfig:
     matrix_sums : bool
         Whether denominators are sums of rounded weights, by matrix instructions, or of exact ones, by additions. With
         float16 they must be: a row whose weights all underflow then becomes NaN, not 0.
+    fused : bool
+        Whether a block makes features and weights itself, for at most `length` keys: one launch instead of three. Pays
+        where few blocks read the same keys.
     """
 
     num_features: int
@@ -64,6 +67,7 @@ class TensorCoreConfig:
     stages: int = 3
     blocks: int = 1
     matrix_sums: bool = False
+    fused: bool = False
 
     op: ClassVar[str] = "attention"
 
@@ -81,6 +85,8 @@ class TensorCoreConfig:
             raise ValueError(f"Invalid blocks: expected 0 or more, got {self.blocks}.")
         if self.stages < 2:
             raise ValueError(f"Invalid stages: expected at least 2, got {self.stages}.")
+        if self.fused:
+            self._check_fused()
         if self.tile_k % (ROWS * self.warps_k):
             raise ValueError(
                 f"Invalid tile_k: expected a multiple of {ROWS * self.warps_k} for {self.warps_k} warps along the "
@@ -94,6 +100,17 @@ class TensorCoreConfig:
                 f"take fewer stages or a smaller tile_k."
             )
 
+    def _check_fused(self) -> None:
+        if self.head_dim % ROWS:
+            raise ValueError(f"Invalid head_dim: expected a multiple of {ROWS} for fused, got {self.head_dim}.")
+        if self.stages < 3:
+            raise ValueError(f"Invalid stages: expected at least 3 for fused, got {self.stages}.")
+        if self.tile_k * WARP % (ROWS * self.threads):
+            raise ValueError(
+                f"Invalid tile_k: expected {ROWS} keys for each of {self.threads // WARP} warps, or a multiple of "
+                f"that, for fused, got {self.tile_k}."
+            )
+
     @property
     def name(self) -> str:
         """Readable name of the compiled operator, one per bucket."""
@@ -102,7 +119,7 @@ class TensorCoreConfig:
     @property
     def description(self) -> str:
         """One short word for tables: the algorithm with its tile."""
-        return f"direct {self.tile_q}x{self.tile_k}"
+        return f"direct {self.tile_q}x{self.tile_k}{' fused' if self.fused else ''}"
 
     @property
     def tile_q(self) -> int:
@@ -131,13 +148,36 @@ class TensorCoreConfig:
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of one tile: phi_k, value, and the weights of all offsets from its queries to its keys."""
+        """Shared memory of one tile: phi_k, value, and the weights of all offsets from its queries to its keys.
+
+        Fused: key and value.
+        """
+        if self.fused:
+            return 2 * self.tile_k * self.value_row_bytes
         return self.tile_k * (self.key_row_bytes + self.value_row_bytes) + 4 * (self.tile_q + self.tile_k)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return max(self.stages * self.stage_bytes, self.partial_bytes)
+        tiles = self.stages * self.stage_bytes
+        return max(tiles + sum(self.fused_bytes) if self.fused else tiles, self.partial_bytes)
+
+    @property
+    def fused_bytes(self) -> tuple[int, int, int, int]:
+        """Shared memory behind the tiles: phi_k of two of them, queries, the projection, weights of all offsets.
+
+        A row of the projection is W rounded, then what rounding lost.
+        """
+        phi_k = 2 * self.tile_k * self.key_row_bytes
+        queries = self.tile_q * self.value_row_bytes
+        projection = self.padded_features * self.projection_row_bytes
+        weights = 4 * (self.tile_q + round_up(self.length, self.tile_k))
+        return phi_k, queries, projection, weights
+
+    @property
+    def projection_row_bytes(self) -> int:
+        """Distance of two rows of the projection in shared memory."""
+        return _row_bytes(2 * self.head_dim)
 
     @property
     def partial_bytes(self) -> int:

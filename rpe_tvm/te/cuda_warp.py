@@ -74,6 +74,11 @@ def store_float(shared: Expr, offset: int, value: Expr) -> None:
     T.evaluate(T.ptx["st.shared.f32"](T.ptx.addr(shared, offset), value))
 
 
+def store_shared_pair(shared: Expr, offset: int, pair: Expr) -> None:
+    """Store two 16-bit numbers in shared memory."""
+    T.evaluate(T.ptx["st.shared.u32"](T.ptx.addr(shared, offset), pair))
+
+
 def multiply_add(dtype: str, accumulator: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> None:
     """Add A B to the accumulator: 16 x 8 float32 (4 registers), A 16 x 16 (4), B 16 x 8 (2), all of 16-bit numbers."""
     name = PTX_NAMES[dtype]
@@ -84,6 +89,11 @@ def multiply_add(dtype: str, accumulator: Sequence[Expr], a: Sequence[Expr], b: 
 def pack(dtype: str, target: Expr, low: Expr, high: Expr) -> None:
     """Round two float32 to the 16-bit halves of a register."""
     T.evaluate(T.ptx[f"cvt.rn.{PTX_NAMES[dtype]}x2.f32"](target, high, low))
+
+
+def power_of_2(target: Buffer, index: int, exponent: Expr) -> None:
+    """Put 2 to the exponent into a register, to 2 units in the last place; below 2^-126 zero."""
+    T.evaluate(T.ptx["ex2.approx.ftz.f32"](target[index], exponent))
 
 
 def quad_sum(array: Buffer, index: int) -> None:

@@ -1,0 +1,105 @@
+"""Attention on tensor cores in one launch: the generated CUDA source, run on the CPU, against float64."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cuda_warp_on_cpu import ORDERS, Kernel, from_bits, to_bits  # noqa: E402
+
+from rpe_tvm import reference
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.te.cuda_fused import fused_attention
+
+pytestmark = pytest.mark.compile
+
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+CASES = {
+    "default": ("nprf", TensorCoreConfig(32, 64, 256, "bfloat16", 2, 2, 2, 64, 3, fused=True)),
+    "padded features": ("prf", TensorCoreConfig(24, 48, 256, "float16", 1, 2, 1, 64, 4, matrix_sums=True, fused=True)),
+}
+SENTINEL = 0x1234
+
+
+def strides(**arrays: np.ndarray) -> dict[str, int]:
+    """The strides that a kernel is told, in elements."""
+    return {
+        f"{name}_{axis}_stride": array.strides[i] // 2
+        for name, array in arrays.items()
+        for i, axis in enumerate(("batch", "head", "row"))
+    }
+
+
+@pytest.fixture(scope="module", params=CASES)
+def attention(request, tmp_path_factory):
+    feature_map, config = CASES[request.param]
+    return feature_map, config, Kernel(fused_attention(config, feature_map), tmp_path_factory.mktemp("attention"))
+
+
+def rows(rng: np.random.Generator, n: int, heads: int, d: int, dtype: str) -> np.ndarray:
+    """Positions before heads, rows that are parts of longer ones; all that is not theirs is NaN."""
+    memory = to_bits(np.full((2, n + 3, heads, d + 8), np.nan), dtype)
+    x = memory[:, :n, :, 8:].transpose(0, 2, 1, 3)
+    x[...] = to_bits(rng.normal(size=x.shape), dtype)
+    return x
+
+
+@pytest.mark.parametrize(("late", "backwards"), ORDERS)
+@pytest.mark.parametrize(("n_query", "n_key", "causal"), [(1, 1, False), (70, 256, False), (150, 200, True)])
+def test_attention(attention, n_query, n_key, causal, late, backwards):
+    feature_map, config, kernel = attention
+    rng = np.random.default_rng(0)
+    heads, dtype, m, d = 2, config.dtype, config.num_features, config.head_dim
+    query, key, value = (rows(rng, n, heads, d, dtype) for n in (n_query, n_key, n_key))
+    projection = rng.normal(size=(m, d)).astype(np.float32)
+    bias = rng.normal(size=(heads, n_query + n_key - 1)).astype(np.float32) + 300  # cancels
+    written = np.full((2, n_query + 3, heads, d), SENTINEL, np.uint16)
+    out = written[:, :n_query].transpose(0, 2, 1, 3)
+    sizes = dict(batch=2, heads=heads, n_query=n_query, n_key=n_key, causal=int(causal))
+    arrays = dict(query=query, key=key, value=value, out=out)
+    kernel(
+        (-(-n_query // config.tile_q), heads, 2),
+        {**strides(**arrays), **sizes, **arrays, "rpe_bias": bias, "projection": projection},
+        late,
+        backwards,
+    )
+    exact_q, exact_k, exact_v = (from_bits(np.ascontiguousarray(x), dtype) for x in (query, key, value))
+    phi_q, phi_k = (getattr(reference, feature_map)(x, projection) for x in (exact_q, exact_k))
+    offset = np.arange(n_key) - np.arange(n_query)[:, None]
+    weights = np.exp(bias[:, offset + n_query - 1].astype(np.float64) - 300) * ((offset <= 0) | (not causal))
+    scores = np.einsum("bhim,bhjm->bhij", phi_q, phi_k) * weights
+    expected = scores @ exact_v / scores.sum(-1, keepdims=True)
+    # features of query and key, weighted scores, their sum and the result are rounded, each to a relative error of one unit
+    tolerance = 5 * UNIT[dtype] * np.abs(exact_v).max()
+    np.testing.assert_allclose(from_bits(np.ascontiguousarray(out), dtype), expected, rtol=0, atol=tolerance)
+    assert (written[:, n_query:] == SENTINEL).all()
+
+
+def test_a_row_without_weight_is_nan(attention):
+    """A row without weight is NaN; zero vectors and a bias of -inf for some keys are numbers."""
+    feature_map, config, kernel = attention
+    n, dtype = 70, config.dtype
+    rng = np.random.default_rng(0)
+    query, key, value = (to_bits(rng.normal(size=(1, 1, n, config.head_dim)), dtype) for _ in range(3))
+    query[0, 0, 3], key[0, 0, 5] = 0, 0
+    bias = rng.normal(size=(1, 2 * n - 1)).astype(np.float32)
+    bias[0, n - 20 :] = -np.inf  # seen are keys that lie at least 20 back
+    out = np.zeros_like(value)
+    arrays = dict(query=query, key=key, value=value, out=out)
+    kernel(
+        (-(-n // config.tile_q), 1, 1),
+        {
+            **strides(**arrays),
+            **dict(batch=1, heads=1, n_query=n, n_key=n, causal=1),
+            **arrays,
+            "rpe_bias": bias,
+            "projection": rng.normal(size=(config.num_features, config.head_dim)).astype(np.float32),
+        },
+        True,
+        False,
+    )
+    assert np.isnan(from_bits(out, dtype)).all(-1)[0, 0].tolist() == [i < 20 for i in range(n)]

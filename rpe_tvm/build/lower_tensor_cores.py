@@ -8,15 +8,20 @@ from rpe_tvm.build.lower import Lowered
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.te.cuda_direct import direct_attention
 from rpe_tvm.te.cuda_features import features
+from rpe_tvm.te.cuda_fused import fused_attention
 from rpe_tvm.te.cuda_weights import direct_weights
 from rpe_tvm.te.features import FEATURE_MAPS
 
 
 def lower(config: TensorCoreConfig) -> Lowered:
-    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each.
+    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each, or, where they are
+    fused, `forward_prf` and `forward_nprf`.
 
     Batch, heads and lengths are read from the arguments of each call.
     """
+    if config.fused:
+        forward = {f"forward_{feature_map}": fused_attention(config, feature_map) for feature_map in FEATURE_MAPS}
+        return Lowered(tvm.IRModule(forward), {"source": "default"})
     functions = {f"features_{feature_map}": features(config, feature_map) for feature_map in FEATURE_MAPS}
     functions["weights"] = direct_weights()
     functions["attention"] = direct_attention(config)

@@ -105,10 +105,11 @@ class TensorCoreConfig:
             raise ValueError(f"Invalid head_dim: expected a multiple of {ROWS} for fused, got {self.head_dim}.")
         if self.stages < 3:
             raise ValueError(f"Invalid stages: expected at least 3 for fused, got {self.stages}.")
-        if self.tile_k * WARP % (ROWS * self.threads):
+        warps = self.warps_q * self.warps_k
+        if self.tile_k % (ROWS * warps):
             raise ValueError(
-                f"Invalid tile_k: expected {ROWS} keys for each of {self.threads // WARP} warps, or a multiple of "
-                f"that, for fused, got {self.tile_k}."
+                f"Invalid tile_k: expected a multiple of {ROWS * warps} for {warps} warps that make features, got "
+                f"{self.tile_k}."
             )
 
     @property
@@ -227,7 +228,10 @@ def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCore
         )
     is_full = row_blocks * sums > 88  # of sums: what a tile needs besides has to be less
     # few queries: warps share the keys, so that there is work for all multiprocessors
-    if n <= 1024:
+    fused = n <= 1024 and num_features <= 32 and head_dim <= 64 and head_dim % ROWS == 0
+    if fused:
+        warps_q, warps_k, keys, stages = 2, 4, 32, 3
+    elif n <= 1024:
         warps_q, warps_k, keys, stages = 2, 4, 32, 2
     elif n <= 2048:
         warps_q, warps_k, keys, stages = 4, 2, 32 if is_full else 64, 2
@@ -238,6 +242,7 @@ def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCore
     return TensorCoreConfig(
         *(num_features, head_dim, bucket_length(n), dtype, row_blocks, warps_q, warps_k, keys * warps_k, stages),
         matrix_sums=is_full or dtype == "float16",
+        fused=fused,
     )
 
 

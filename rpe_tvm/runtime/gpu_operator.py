@@ -11,6 +11,7 @@ from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 
 _FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
+_FORWARD = tuple(f"forward_{name}" for name in FEATURE_MAPS)
 # Where a transform fits into shared memory, and where its columns and rows take turns.
 _SHORT = ("spectrum", "attention")
 _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
@@ -19,6 +20,8 @@ _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
 def function_names(config: GpuConfig) -> tuple[str, ...]:
     """The names of the functions that are compiled for a config."""
     if isinstance(config, TensorCoreConfig):
+        if config.fused:
+            return _FORWARD
         return (*_FEATURES, "weights", "attention")
     return (*_FEATURES, "largest", *(_SHORT if config.columns == 1 else _LONG), "normalise")
 

@@ -24,13 +24,13 @@ from rpe_tvm.te.features import FeatureMap
 
 
 def fused_attention(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.PrimFunc:
-    """Return the scheduled function `attention_<map>(query, key, value, rpe_bias, projection, causal, out)` for CUDA.
+    """Return the scheduled function `forward_<map>(query, key, value, rpe_bias, projection, causal, out)` for CUDA.
 
     Arguments of the function: query `[B, H, n_q, d]`, key and value `[B, H, n_k, d]` with n_k up to the config's length
     and out `[B, H, n_q, d]` with any strides that are multiples of 8, at addresses that are multiples of 16 bytes, the
     last axis contiguous; rpe_bias `[H, n_q + n_k - 1]` and projection `[m, d]` float32; causal 0 or 1.
     """
-    with function(f"attention_{feature_map}") as built:
+    with function(f"forward_{feature_map}") as built:
         _build(config, feature_map)
     return built.get()
 
@@ -63,9 +63,11 @@ def _arguments(config: TensorCoreConfig) -> tuple[_Arguments, Expr, Expr]:
 
 def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
     args, batch, heads = _arguments(config)
+    too_long = f"too many keys: expected at most {config.length}; take the operator of a longer bucket"
     warps = config.threads // WARP
     blocks_q = (args.n_query + config.tile_q - 1) // config.tile_q
     with (
+        T.Assert(args.n_key <= config.length, too_long),
         T.launch_thread("blockIdx.x", blocks_q) as block,
         T.launch_thread("blockIdx.y", heads) as h,
         T.launch_thread("blockIdx.z", batch) as b,
@@ -87,13 +89,14 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         strip = projection + T.uint32(projection_bytes)
         lane = Lane(config, thread, phi_k, base + T.uint32(config.stage_bytes // 2), strip)
 
+        weights = _Weights(config, args, thread, h, first_q)
         _load_rows(config, args.query, args.n_query, queries, thread, b, h, first_q, config.tile_q)
         for stage in range(config.stages - 1):
             with T.If(stage < tiles), T.Then():
                 _load_tile(config, args, base + T.uint32(stage * config.stage_bytes), thread, b, h, stage)
             warp.commit()
         store_projection(config, args.projection, projection, thread)
-        _store_weights(config, args, strip, thread, h, first_q)
+        weights.store(strip)
         warp.wait(config.stages - 2)
         warp.barrier()
 
@@ -184,41 +187,42 @@ def _load_tile(
     _load_rows(config, args.value, args.n_key, values, thread, b, h, first, config.tile_k)
 
 
-def _store_weights(
-    config: TensorCoreConfig, args: _Arguments, strip: Expr, thread: Expr, h: Expr, first_q: Expr
-) -> None:
-    """Put the weights of all offsets from the block's queries to the keys into shared memory, with a barrier inside."""
-    threads, warps = config.threads, config.threads // WARP
-    width = config.tile_q + round_up(config.length, config.tile_k)
-    turns = range(-(-width // threads))
-    values = named("biases", warp.registers(len(turns), "float32"))
-    largest = named("largest", warp.registers(1, "float32"))
-    T.buffer_store(largest, T.float32(-math.inf), [0])
+class _Weights:
+    """The weights of all offsets from a block's queries to the keys, on their way into shared memory."""
 
-    def exists(turn: int) -> tuple[Expr, Expr]:
-        t = thread + turn * threads - config.tile_q - first_q
-        is_pair = T.And(t > -args.n_query, t < args.n_key)
-        return t, T.And(is_pair, T.Or(args.causal == 0, t <= 0))
+    def __init__(self, config: TensorCoreConfig, args: _Arguments, thread: Expr, h: Expr, first_q: Expr) -> None:
+        self.config, self.args, self.thread = config, args, thread
+        self.width = config.tile_q + round_up(config.length, config.tile_k)
+        self.turns = range(-(-self.width // config.threads))
+        self.offsets = [thread + turn * config.threads - config.tile_q - first_q for turn in self.turns]
+        self.values = named("biases", warp.registers(len(self.turns), "float32"))
+        for turn, t in enumerate(self.offsets):
+            with T.If(self._is_seen(t)), T.Then():
+                T.buffer_store(self.values, args.rpe_bias[h, t + args.n_query - 1], [turn])
 
-    for turn in turns:
-        t, is_seen = exists(turn)
-        with T.If(is_seen), T.Then():
-            T.buffer_store(values, args.rpe_bias[h, t + args.n_query - 1], [turn])
-    for turn in turns:
-        _, is_seen = exists(turn)
-        # NaN is left to exp(): the maximum drops it
-        T.buffer_store(largest, T.Select(is_seen, T.max(largest[0], values[turn]), largest[0]), [0])
-    warp.warp_max(largest, 0)
-    warp.store_float(strip + warp.uint32(thread // WARP * 4), 0, largest[0])
-    warp.barrier()
-    warp.load_float(largest, 0, strip + warp.uint32(thread % warps * 4), 0)
-    warp.warp_max(largest, 0)
-    warp.barrier()
-    for turn in turns:
-        _, is_seen = exists(turn)
-        weight = T.Select(is_seen, T.exp(values[turn] - largest[0]), T.float32(0))
-        with T.If(thread + turn * threads < width), T.Then():
-            warp.store_float(strip + warp.uint32(thread * 4), turn * threads * 4, weight)
+    def _is_seen(self, t: Expr) -> Expr:
+        is_pair = T.And(t > -self.args.n_query, t < self.args.n_key)
+        return T.And(is_pair, T.Or(self.args.causal == 0, t <= 0))
+
+    def store(self, strip: Expr) -> None:
+        """Store c[t] at index t - first_q + tile_q; with two barriers inside."""
+        warps = self.config.threads // WARP
+        largest = named("largest", warp.registers(1, "float32"))
+        T.buffer_store(largest, T.float32(-math.inf), [0])
+        for turn, t in enumerate(self.offsets):
+            # NaN is left to exp(): the maximum drops it
+            T.buffer_store(largest, T.Select(self._is_seen(t), T.max(largest[0], self.values[turn]), largest[0]), [0])
+        warp.warp_max(largest, 0)
+        warp.store_float(strip + warp.uint32(self.thread // WARP * 4), 0, largest[0])
+        warp.barrier()
+        warp.load_float(largest, 0, strip + warp.uint32(self.thread % warps * 4), 0)
+        warp.warp_max(largest, 0)
+        warp.barrier()
+        for turn, t in enumerate(self.offsets):
+            weight = T.Select(self._is_seen(t), T.exp(self.values[turn] - largest[0]), T.float32(0))
+            with T.If(self.thread + turn * self.config.threads < self.width), T.Then():
+                place = strip + warp.uint32(self.thread * 4)
+                warp.store_float(place, turn * self.config.threads * 4, weight)
 
 
 def _query_features(config: TensorCoreConfig, w: Projection, queries: Expr, lane: Lane) -> Buffer:

@@ -38,18 +38,21 @@ def store_projection(config: TensorCoreConfig, projection: Buffer, shared: Expr,
     """Put W `[m, d]` into shared memory: in every row 16-bit numbers, then those of what rounding lost."""
     m, pairs = config.num_features, config.head_dim // 2
     count = config.padded_features * pairs
+    places = [thread + first for first in range(0, count, config.threads)]
     part = named("part", warp.registers(2, "uint32"))
-    exact = named("exact", warp.registers(2, "float32"))
-    for first in range(0, count, config.threads):
-        place = thread + first
+    exact = named("exact", warp.registers(2 * len(places), "float32"))
+    # all loads are on the way at the same time
+    for turn, place in enumerate(places):
+        row, column = T.min(place // pairs, m - 1), place % pairs
+        for i in (0, 1):
+            T.buffer_store(exact, projection[row, 2 * column + i], [2 * turn + i])
+    for turn, place in enumerate(places):
         row, column = place // pairs, place % pairs
         with T.If(place < count), T.Then():
-            for i in (0, 1):
-                number = projection[T.min(row, m - 1), 2 * column + i]
-                T.buffer_store(exact, number if m % ROWS == 0 else T.Select(row < m, number, T.float32(0)), [i])
-            warp.pack(config.dtype, part[0], exact[0], exact[1])
+            numbers = [T.Select(row < m, exact[2 * turn + i], T.float32(0)) for i in (0, 1)]
+            warp.pack(config.dtype, part[0], *numbers)
             rounded = warp.unpack(config.dtype, part[0])
-            warp.pack(config.dtype, part[1], *(exact[i] - rounded[i] for i in (0, 1)))
+            warp.pack(config.dtype, part[1], *(number - rounded[i] for i, number in enumerate(numbers)))
             to = let("to", shared + warp.uint32(row * config.projection_row_bytes + 4 * column))
             for i in (0, 1):
                 warp.store_shared_pair(to, i * 2 * config.head_dim, part[i])

@@ -98,6 +98,9 @@ def _on_tensor_cores(
     n_k = key.shape[2]
     functions = instance.functions
     query, key, value = (_in_whole_pieces(x) for x in (query, key, value))
+    if config.fused:
+        functions[f"forward_{feature_map}"](query, key, value, rpe_bias, projection, int(is_causal), out)
+        return
     phi_q = query.new_empty(gpu_direct.features_shape(config, batch, heads, n_q, config.tile_q))
     phi_k = query.new_empty(gpu_direct.features_shape(config, batch, heads, n_k, config.tile_k))
     table = query.new_empty(gpu_direct.table_shape(config, heads, n_q, n_k), dtype=torch.float32)

@@ -15,6 +15,12 @@ def test_every_choice_is_a_config(n, m, d, dtype):
     assert config.shared_bytes <= 163 * 1024  # sm_80
 
 
+def test_short_sequences_are_one_launch():
+    assert choose(1024, 32, 64, "bfloat16").fused
+    assert not choose(1025, 32, 64, "bfloat16").fused
+    assert not choose(1024, 32, 40, "bfloat16").fused
+
+
 def test_rows_lie_in_different_banks():
     for m in (1, 16, 24, 32, 48, 64, 128):
         config = TensorCoreConfig(m, 8 * m, 64, "bfloat16", row_blocks=1, warps_q=1, tile_k=16, stages=2)
@@ -42,6 +48,9 @@ def test_shapes_are_whole_tiles():
         (dict(warps_k=3), "tile_k: expected a multiple of 48 for 3 warps along the keys, got 64"),
         (dict(warps_q=33), "at most 32 in a block, got 33"),
         (dict(stages=40), "Too much shared memory: expected at most 232448 bytes"),
+        (dict(fused=True, head_dim=40), "head_dim: expected a multiple of 16 for fused, got 40"),
+        (dict(fused=True, stages=2), "stages: expected at least 3 for fused, got 2"),
+        (dict(fused=True, tile_k=32), "tile_k: expected a multiple of 64 for 4 warps that make features, got 32"),
         (dict(blocks=-1), "blocks: expected 0 or more, got -1"),
     ],
 )

@@ -73,7 +73,7 @@ if config.dtype == "float32":
     )
 assert set(called) == set(loaded.functions)
 try:
-    instance.functions["features_prf"](*[torch.empty(1)] * 5)
+    next(iter(instance.functions.values()))(*[torch.empty(1)] * 5)
 except ValueError:
     print("checked")
 """
@@ -85,8 +85,9 @@ except ValueError:
         GpuAttentionConfig(3, 4, 64, (8, 8), 32),
         GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8),
         TensorCoreConfig(6, 8, 64, "bfloat16"),
+        TensorCoreConfig(6, 16, 64, "bfloat16", fused=True),
     ],
-    ids=["short", "long", "tensor cores"],
+    ids=["short", "long", "tensor cores", "fused"],
 )
 def test_arguments_fit(
     config: GpuConfig,

@@ -14,8 +14,8 @@ from rpe_tvm.te.features import FEATURE_MAPS
 
 
 def lower(config: TensorCoreConfig) -> Lowered:
-    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each, or, where they are
-    fused, `forward_prf` and `forward_nprf`.
+    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each, or, where
+    they are fused, `forward_prf` and `forward_nprf`.
 
     Batch, heads and lengths are read from the arguments of each call.
     """

@@ -12,6 +12,7 @@ Source: Luo et al. 2021, Eq. 10, multiplied out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import tvm
 from tvm.script import tirx as T
 

@@ -63,7 +63,7 @@ def _arguments(config: TensorCoreConfig) -> tuple[_Arguments, Expr, Expr]:
 
 def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
     args, batch, heads = _arguments(config)
-    too_long = f"too many keys: expected at most {config.length}; take the operator of a longer bucket"
+    too_long = f"Too many keys: expected at most {config.length}; take the operator of a longer bucket."
     warps = config.threads // WARP
     blocks_q = (args.n_query + config.tile_q - 1) // config.tile_q
     with (

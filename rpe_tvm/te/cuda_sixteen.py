@@ -81,7 +81,7 @@ def load_projection(config: TensorCoreConfig, feature_map: FeatureMap, shared: E
 
 
 def sixteen_rows(config: TensorCoreConfig, w: Projection, address: Expr, exists: list[Expr] | None) -> Buffer:
-    """Return the features of 16 rows, where `address` is that of a lane's row and piece, zero where a row does not exist.
+    """Return the features of 16 rows, zero of those that do not exist; `address` is that of a lane's row and piece.
 
     PRF: phi(x) = exp(W x' - |x'|^2 / 2) / sqrt(m) with x' = x / d^(1/4). NPRF: the same with x' = x / |x|, where
     |x'|^2 / 2 = 1/2; a zero vector stays zero. Source: Luo et al. 2021, Eq. 5 and Algorithm 1.

@@ -1,10 +1,13 @@
-"""Feature maps of query and key on tensor cores, both in one launch: a warp makes 16 rows of phi.
+"""Feature maps of query and key on tensor cores, both in one launch: a warp makes up to 64 rows of phi.
 
+It reads the projection once for all of them: loads of 8 bytes from each of 8 rows take longer than the products.
 The rows are exact operands; the projection, float32, is split into two 16-bit numbers. The products W x are float32
 sums in registers, where each lane takes the exponential.
 """
 
 from __future__ import annotations
+
+import math
 
 import tvm
 from tvm.script import tirx as T
@@ -16,7 +19,8 @@ from rpe_tvm.te.cuda_warp import Buffer, Expr
 from rpe_tvm.te.features import FeatureMap
 
 WARPS = 4
-FEATURES = 64  # of which a lane has the products in registers
+FEATURES = 32  # of which a lane has the products in registers
+LOG2_E = 1 / math.log(2)
 
 
 def features(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.PrimFunc:
@@ -39,7 +43,8 @@ def features(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.Prim
         projection = argument("projection", (T.int64(config.num_features), channels), "float32", align=4)
         phi_q = argument("phi_q", (batch, heads, rows_q, columns), config.dtype)
         phi_k = argument("phi_k", (batch, heads, rows_k, columns), config.dtype)
-        units_q, units_k = rows_q // ROWS, rows_k // ROWS
+        rows = rows_of_warp(config)
+        units_q, units_k = (rows_q + rows - 1) // rows, (rows_k + rows - 1) // rows
         with (
             T.launch_thread("blockIdx.x", (units_q + units_k + WARPS - 1) // WARPS) as block,
             T.launch_thread("blockIdx.y", heads) as h,
@@ -51,86 +56,104 @@ def features(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.Prim
             lane = let("lane", thread % WARP)
             with T.If(unit < units_q):
                 with T.Then():
-                    _sixteen_rows(config, feature_map, query, n_query, projection, phi_q, b, h, unit * ROWS, lane)
+                    first = unit * rows
+                    _make_rows(config, feature_map, query, n_query, projection, phi_q, rows_q, b, h, first, lane)
                 with T.Else(), T.If(unit < units_q + units_k), T.Then():
-                    first = (unit - units_q) * ROWS
-                    _sixteen_rows(config, feature_map, key, n_key, projection, phi_k, b, h, first, lane)
+                    first = (unit - units_q) * rows
+                    _make_rows(config, feature_map, key, n_key, projection, phi_k, rows_k, b, h, first, lane)
     return built.get()
 
 
-def _sixteen_rows(
+def rows_of_warp(config: TensorCoreConfig) -> int:
+    """Return how many rows a warp makes: as many as its registers hold beside what it loads ahead."""
+    return 64 if config.head_dim <= 64 else 32
+
+
+def _make_rows(
     config: TensorCoreConfig,
     feature_map: FeatureMap,
     x: Buffer,
     n: Expr,
     projection: Buffer,
     phi: Buffer,
+    n_phi: Expr,
     b: Expr,
     h: Expr,
     first: Expr,
     lane: Expr,
 ) -> None:
-    m, d, dtype = config.num_features, config.head_dim, config.dtype
+    m, d, dtype, blocks = config.num_features, config.head_dim, config.dtype, rows_of_warp(config) // ROWS
     group, pair = let("group", lane // 4), let("pair", lane % 4)
-    logits = named("logits", warp.registers(FEATURES // 2, "float32"))
-    squares = named("squares", warp.registers(2, "float32"))
-    rows = named("rows", warp.registers(4, "uint32"))
+    logits = named("logits", warp.registers(blocks * FEATURES // 2, "float32"))
+    squares = named("squares", warp.registers(2 * blocks, "float32"))
+    rows = named("rows", warp.registers(4 * blocks, "uint32"))
     weights = named("weights", warp.registers(4, "uint32"))
-    scale = named("scale", warp.registers(2, "float32"))
+    packed = named("packed", warp.registers(1, "uint32"))
+    halves_of_blocks = [(block, lower) for block in range(blocks) for lower in (0, 1)]
+    # rows `group` and `group + 8` of each block
+    numbers = [let("row", first + (block * ROWS + lower * 8) + group) for block, lower in halves_of_blocks]
 
     def multiply(start: int, tiles: range, k: Expr, halves: int) -> None:
         """Add the products with 16 channels from k on, or with 8 (one half)."""
-        for i in range(4):
-            if i // 2 >= halves:
-                T.buffer_store(rows, T.uint32(0), [i])
-                continue
+        for block, lower in halves_of_blocks:
             # past the end the last row again; `phi` has zeros there
-            row = T.min(first + (i % 2 * 8) + group, n - 1)
-            warp.load_pair(rows[i], x.ptr_to([b, h, row, k + i // 2 * 8 + 2 * pair]))
-            if start == 0:
-                low, high = warp.unpack(dtype, rows[i])
-                T.buffer_store(squares, squares[i % 2] + (low * low + high * high), [i % 2])
+            row = T.min(numbers[2 * block + lower], n - 1)
+            for half in (0, 1):
+                at = 4 * block + 2 * half + lower
+                if half < halves:
+                    warp.load_pair(rows[at], x.ptr_to([b, h, row, k + half * 8 + 2 * pair]))
+                else:
+                    T.buffer_store(rows, T.uint32(0), [at])
+        if start == 0:
+            for at in range(4 * blocks):
+                low, high = warp.unpack(dtype, rows[at])
+                place = at // 4 * 2 + at % 2
+                T.buffer_store(squares, squares[place] + (low * low + high * high), [place])
         for tile in tiles:
             _split(dtype, projection, T.min(start + tile * 8 + group, m - 1), k + 2 * pair, halves, weights)
-            at = [logits[tile * 4 + i] for i in range(4)]
             for part in (0, 2):
-                warp.multiply_add(dtype, at, [rows[i] for i in range(4)], [weights[part], weights[part + 1]])
+                for block in range(blocks):
+                    at = [logits[(block * len(tiles) + tile) * 4 + i] for i in range(4)]
+                    operand = [rows[4 * block + i] for i in range(4)]
+                    warp.multiply_add(dtype, at, operand, [weights[part], weights[part + 1]])
 
-    def normalise() -> None:
-        for i in (0, 1):
-            warp.quad_sum(squares, i)
-            if feature_map == "prf":
-                T.buffer_store(scale, squares[i] * T.float32(-0.5 * d**-0.5), [i])
-            else:
-                T.buffer_store(scale, T.Select(squares[i] > 0, T.float32(1) / T.sqrt(squares[i]), squares[i]), [i])
-
-    def feature(i: int, row: Expr, column: Expr) -> Expr:
-        logit, norm = logits[i], scale[i % 4 // 2]
-        is_prf = feature_map == "prf"
-        exponent = logit * T.float32(d**-0.25) + norm if is_prf else logit * norm - T.float32(0.5)
-        exists = row < n if config.padded_features == m else T.And(row < n, column < m)
-        return T.Select(exists, T.exp(exponent) * T.float32(m**-0.5), T.float32(0))
+    def make(start: int, tiles: range, block: int, lower: int) -> None:
+        """Store the features of a row: exp(scale logit + norm) / sqrt(m), as powers of 2."""
+        number, square = numbers[2 * block + lower], squares[2 * block + lower]
+        if feature_map == "prf":
+            scale: Expr = T.float32(LOG2_E * d**-0.25)
+            exponent = square * T.float32(-0.5 * LOG2_E * d**-0.5) - T.float32(0.5 * math.log2(m))
+        else:
+            scale = let("scale", T.Select(square > 0, T.rsqrt(square) * T.float32(LOG2_E), square))
+            exponent = T.float32(-0.5 * LOG2_E - 0.5 * math.log2(m))
+        norm = let("norm", exponent)
+        with T.If(number < n_phi), T.Then():
+            for tile in tiles:
+                column = start + tile * 8 + 2 * pair
+                at = [(block * len(tiles) + tile) * 4 + lower * 2 + i for i in (0, 1)]
+                for i in (0, 1):
+                    warp.power_of_2(logits, at[i], logits[at[i]] * scale + norm)
+                    exists = number < n if config.padded_features == m else T.And(number < n, column + i < m)
+                    T.buffer_store(logits, T.Select(exists, logits[at[i]], T.float32(0)), [at[i]])
+                warp.pack(dtype, packed[0], *(logits[i] for i in at))
+                warp.store_pair(phi.ptr_to([b, h, number, column]), packed[0])
 
     # steps whose loads are on the way at the same time; one after the other they would wait for memory each
     together = next(count for count in (4, 3, 2, 1) if d // ROWS % count == 0)
-    warp.zero(squares, 2)
+    warp.zero(squares, 2 * blocks)
     for start in range(0, config.padded_features, FEATURES):
         tiles = range(min(FEATURES, config.padded_features - start) // 8)
-        warp.zero(logits, len(tiles) * 4)
+        warp.zero(logits, blocks * len(tiles) * 4)
         with T.serial(d // (ROWS * together)) as turn:
             for i in range(together):
                 multiply(start, tiles, (turn * together + i) * ROWS, 2)
         if d % ROWS:
             multiply(start, tiles, d // ROWS * ROWS, 1)
         if start == 0:
-            normalise()
-        for lower in (0, 1):
-            row = let("row", first + lower * 8 + group)
-            for tile in tiles:
-                column = start + tile * 8 + 2 * pair
-                elements = (feature(tile * 4 + lower * 2 + i, row, column + i) for i in (0, 1))
-                warp.pack(dtype, rows[0], *elements)
-                warp.store_pair(phi.ptr_to([b, h, row, column]), rows[0])
+            for row in range(2 * blocks):
+                warp.quad_sum(squares, row)
+        for block, lower in halves_of_blocks:
+            make(start, tiles, block, lower)
 
 
 def _split(dtype: str, projection: Buffer, row: Expr, column: Expr, halves: int, parts: Buffer) -> None:

@@ -18,7 +18,7 @@ from cuda_warp_on_cpu import ORDERS, Kernel, from_bits, to_bits  # noqa: E402
 from rpe_tvm import reference
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig, features_shape, round_up, table_shape
 from rpe_tvm.te.cuda_direct import direct_attention
-from rpe_tvm.te.cuda_features import features
+from rpe_tvm.te.cuda_features import features, rows_of_warp
 from rpe_tvm.te.cuda_weights import PART, direct_weights
 
 pytestmark = pytest.mark.compile
@@ -134,7 +134,7 @@ def test_weights(weights, n_query, n_key, causal):
 
 @pytest.mark.parametrize(("feature_map", "m", "d", "dtype"), [("prf", 32, 64, "bfloat16"), ("nprf", 72, 40, "float16")])
 def test_features(tmp_path, feature_map, m, d, dtype):
-    config = TensorCoreConfig(m, d, 1024, dtype, matrix_sums=True)
+    config = TensorCoreConfig(m, d, 1024, dtype, tile_k=16, matrix_sums=True)
     kernel = Kernel(features(config, feature_map), tmp_path)
     rng = np.random.default_rng(0)
     batch, heads = 2, 3
@@ -150,7 +150,8 @@ def test_features(tmp_path, feature_map, m, d, dtype):
     rows_q, rows_k = phi_q.shape[2], phi_k.shape[2]
     sizes = dict(batch=batch, heads=heads, n_query=37, n_key=70, rows_q=rows_q, rows_k=rows_k)
     buffers = dict(inputs, projection=projection, phi_q=phi_q, phi_k=phi_k)
-    kernel((-(-(rows_q + rows_k) // 64), heads, batch), {**strides(**inputs), **sizes, **buffers}, False, False)
+    units = sum(-(-rows // rows_of_warp(config)) for rows in (rows_q, rows_k))
+    kernel((-(-units // 4), heads, batch), {**strides(**inputs), **sizes, **buffers}, False, False)
     for x, phi in ((query, phi_q), (key, phi_k)):
         expected = np.zeros(phi.shape)
         exact = from_bits(np.ascontiguousarray(x), dtype)

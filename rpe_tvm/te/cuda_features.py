@@ -113,9 +113,9 @@ def _make_rows(
             _split(dtype, projection, T.min(start + tile * 8 + group, m - 1), k + 2 * pair, halves, weights)
             for part in (0, 2):
                 for block in range(blocks):
-                    at = [logits[(block * len(tiles) + tile) * 4 + i] for i in range(4)]
+                    sums = [logits[(block * len(tiles) + tile) * 4 + i] for i in range(4)]
                     operand = [rows[4 * block + i] for i in range(4)]
-                    warp.multiply_add(dtype, at, operand, [weights[part], weights[part + 1]])
+                    warp.multiply_add(dtype, sums, operand, [weights[part], weights[part + 1]])
 
     def make(start: int, tiles: range, block: int, lower: int) -> None:
         """Store the features of a row: exp(scale logit + norm) / sqrt(m), as powers of 2."""

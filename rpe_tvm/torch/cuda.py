@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -46,10 +45,19 @@ def attention(
     is_causal : bool
         Whether query i sees only keys j <= i.
     """
-    forward = instance.functions.get(f"forward_{feature_map}")
+    config, functions = instance.config, instance.functions
     with _current(query):
-        if forward is not None:
-            _at_once(instance.config, forward, query, key, value, rpe_bias, projection, out, is_causal)
+        if isinstance(config, TensorCoreConfig):
+            tensors = (*(_in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
+            if gpu_direct.is_fused(config, *query.shape[:3]):
+                functions[f"fused_{feature_map}"](*tensors, int(is_causal), out)
+            else:
+                functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
+            return
+        if f"forward_{feature_map}" in functions:
+            forward, tables = functions[f"forward_{feature_map}"], _tables(config, query.device)
+            workspace = _workspace(config, query, key)
+            forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
             return
         batch, heads = query.shape[:2]
         phi_q, phi_k = (query.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads)) for _ in range(2))
@@ -81,25 +89,9 @@ def _current(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
-def _at_once(
-    config: GpuConfig,
-    forward: Callable[..., object],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpe_bias: Tensor,
-    projection: Tensor,
-    out: Tensor,
-    is_causal: bool,
-) -> None:
+def _workspace(config: GpuConfig, query: Tensor, key: Tensor) -> Tensor:
     size = _workspace_bytes(config, query.shape, key.shape[2])
-    workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
-    if isinstance(config, TensorCoreConfig):
-        query, key, value = (_in_whole_pieces(x) for x in (query, key, value))
-        forward(query, key, value, rpe_bias, projection, int(is_causal), workspace, out)
-    else:
-        tables = _tables(config, query.device)
-        forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
+    return torch.empty(size, dtype=torch.uint8, device=query.device)
 
 
 @functools.lru_cache(maxsize=256)

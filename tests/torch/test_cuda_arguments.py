@@ -83,7 +83,8 @@ if op == "backward":
         instance, torch.randn(out.shape).mT.contiguous().mT, phi_q, phi_k, value, bias, out, is_causal=False
     )
 if "forward_prf" in loaded.functions:
-    assert called == ["forward_prf", "forward_nprf"]
+    once = "fused" if "fused_prf" in loaded.functions else "forward"
+    assert called == [once + "_prf", once + "_nprf"]
     print(launches() // 2, "launches")
 else:
     assert set(called) == set(loaded.functions)
@@ -95,6 +96,19 @@ try:
     instance.functions["features_prf"](*[torch.empty(1)] * 5)
 except ValueError:
     print("checked")
+if "fused_prf" in loaded.functions:
+    longer = torch.empty(2, 3, config.length + 1, d, dtype=dtype)
+    bias = torch.empty(3, n_q + config.length)
+    try:
+        instance.functions["fused_prf"](query, longer, longer, bias, torch.empty(m, d), 0, out)
+        print("accepted too many keys")
+    except RuntimeError as error:
+        assert "expected at most" in str(error)
+    called.clear()
+    many = torch.empty(50, 3, n_q, d, dtype=dtype)
+    bias = torch.empty(3, 2 * n_q - 1)
+    cuda.attention(instance, many, many, many, bias, torch.empty(m, d), many, feature_map="prf", is_causal=True)
+    assert called == ["forward_prf"]
 """
 
 
@@ -104,9 +118,10 @@ except ValueError:
         (GpuAttentionConfig(3, 4, 64, (8, 8), 32), 6),
         (GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8), None),
         (TensorCoreConfig(6, 8, 64, "bfloat16"), 3),
+        (TensorCoreConfig(6, 16, 64, "bfloat16"), 1),
         (GpuBackwardConfig(3, 5, 64, (8, 8), 8), None),
     ],
-    ids=["short", "long", "tensor cores", "gradients"],
+    ids=["short", "long", "tensor cores", "fused", "gradients"],
 )
 def test_arguments_fit(
     config: GpuConfig,

@@ -208,7 +208,18 @@ def flex_with_bias(
         # Past a few lengths of one function torch would stop compiling it and make all n x n scores.
         torch.compiler.reset()
         blocks = create_block_mask(sees, None, None, n_q, n_k, device=str(query.device)) if is_causal else None
-        return functools.partial(torch.compile(flex_attention, dynamic=False), score_mod=with_bias, block_mask=blocks)
+        flex = torch.compile(flex_attention, dynamic=False)
+        # torch's own number of stages needs more shared memory in bfloat16 than a Hopper has
+        for options in ({}, {"num_stages": 2}):
+            call = functools.partial(flex, score_mod=with_bias, block_mask=blocks, kernel_options=options)
+            try:
+                call(query, key, value)
+            except RuntimeError as error:
+                if options or "out of resource" not in str(error):
+                    raise
+            else:
+                break
+        return call
 
     return lambda: compiled()(query, key, value)
 

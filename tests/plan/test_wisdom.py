@@ -58,3 +58,12 @@ def test_there_is_a_valid_config_for_everything(n, m, d, lanes):
 @given(st.integers(1, 10**6))
 def test_every_bucket_has_a_factorisation(n):
     assert wisdom.factorisations(bucket_length(n))
+
+
+def test_radices_fit_the_registers_of_32_bit_arm():
+    for n in (300, 2000, 5000):
+        for target, largest in (("armv7-cortex-a7", 5), ("aarch64-cortex-a72", 8)):
+            config = wisdom.rule(target, bucket_length(n), 1, 64, 4)
+            if config.algorithm == "fft":
+                assert max(config.outer + config.inner) == largest or bucket_length(n) % largest
+    assert wisdom.fft_config(32, 64, 2048, 4, 5).description == "fft 4.4.2x4.4.4"

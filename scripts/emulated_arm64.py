@@ -18,7 +18,7 @@ from rpe_tvm import reference, runtime
 from rpe_tvm.runtime.cpu import cpu_flags
 
 # by FFT, early rows of causal attention lose the digits by which their denominators are smaller
-TOLERANCE, CAUSAL_TOLERANCE = 1e-6, 1e-5
+TOLERANCE, CAUSAL_TOLERANCE = 1e-6, 1e-4
 
 
 def main(directories: list[str]) -> int:

@@ -44,7 +44,10 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="time the candidates, too; the target must be this CPU")
     args = parser.parse_args()
     target = targets.preset(args.target)
-    assert isinstance(target, TargetSpec)
+    if not isinstance(target, TargetSpec):
+        parser.error(f"argument --target: expected a CPU, got {args.target}")
+    if args.measure and target != targets.detect():
+        parser.error(f"argument --measure: expected this machine's CPU, {targets.detect().id}, got {target.id}")
     for n in map(int, args.lengths.split(",")):
         length = bucket_length(n)
         found = []

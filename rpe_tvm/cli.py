@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         default="x86",
         metavar="TARGET",
         help="x86 for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, ...; cuda for this "
-        "machine's GPU (sm_90 if there is none), or sm_80, sm_90, ... (default: %(default)s)",
+        "machine's GPU (sm_90 if there is none), or sm_80, sm_90, ...; gfx90a, gfx942, gfx1100 or gfx1201 for AMD's GPUs "
+        "(default: %(default)s)",
     )
     compiling.add_argument(
         "--dtype",
@@ -199,7 +200,7 @@ def _compile(args: argparse.Namespace) -> int:
         path = build.export(config, target, args.out)
         contents = manifest.read(path)
         print(
-            f"{path / manifest.LIBRARY}  {_size(contents['library']['bytes'])}  {config.description}, "
+            f"{path / contents['library']['file']}  {_size(contents['library']['bytes'])}  {config.description}, "
             f"{contents['schedule']['source']} schedule  {time.perf_counter() - start:.1f} s",
             flush=True,
         )

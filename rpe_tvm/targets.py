@@ -1,4 +1,5 @@
-"""Targets: which CPU a library is compiled for and what it needs there. GPUs are in `rpe_tvm.gpu_targets`."""
+"""Targets: which CPU a library is compiled for and what it needs there. GPUs are in `rpe_tvm.gpu_targets` and
+`rpe_tvm.rocm_targets`."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rpe_tvm import gpu_targets
+from rpe_tvm import gpu_targets, rocm_targets
 from rpe_tvm.errors import BuildError
 from rpe_tvm.gpu_targets import GpuTargetSpec
 
@@ -110,15 +111,17 @@ AnyTarget = TargetSpec | GpuTargetSpec
 
 def preset(name: str) -> AnyTarget:
     """The target called `name`: ``x86`` for this machine's CPU, a CPU name of LLVM's (``haswell``, ``znver4``, ...),
-    ``cuda`` for this machine's GPU, or a GPU architecture (``sm_80``, ``sm_90``, ...).
+    ``cuda`` for this machine's NVIDIA GPU, or a GPU architecture (``sm_80``, ``sm_90``, ..., ``gfx942``, ...).
 
     Raises
     ------
     BuildError
-        For a name that neither LLVM nor `rpe_tvm.gpu_targets` knows, and for a CPU without AVX2 and FMA.
+        For a name that neither LLVM nor the modules of GPU targets know, and for a CPU without AVX2 and FMA.
     """
     if gpu_targets.is_gpu(name):
         return gpu_targets.preset(name)
+    if rocm_targets.is_rocm(name):
+        return rocm_targets.preset(name)
     if name == "x86":
         return detect()
     known = [str(cpu) for cpu in _llvm("target.llvm_get_cpu_archlist", _target(_AVX2_CPU))]
@@ -127,7 +130,8 @@ def preset(name: str) -> AnyTarget:
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise BuildError(
             f"Unknown target {name!r}: expected 'x86' (this machine's CPU), an x86 CPU name of LLVM's, such as "
-            f"haswell, skylake-avx512 or znver4, 'cuda' (this machine's GPU), or sm_80, sm_90, ....{hint}"
+            f"haswell, skylake-avx512 or znver4, 'cuda' (this machine's GPU), sm_80, sm_90, ..., or gfx90a, gfx942, "
+            f"gfx1100, gfx1201.{hint}"
         )
     return _spec(name, _needed_flags(name))
 
@@ -161,7 +165,7 @@ def detect() -> TargetSpec:
 def to_tvm(spec: AnyTarget) -> Target:
     """The TVM target of `spec`. Imports tvm."""
     if isinstance(spec, GpuTargetSpec):
-        return gpu_targets.to_tvm(spec)
+        return (rocm_targets if spec.kind == "rocm" else gpu_targets).to_tvm(spec)
     allowed = set(spec.features)
     forbidden = sorted(
         feature

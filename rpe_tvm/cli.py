@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         default="x86",
         metavar="TARGET",
         help="x86 for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, ...; cuda for this "
-        "machine's GPU (sm_90 if there is none), or sm_80, sm_90, ...; gfx90a, gfx942, gfx1100 or gfx1201 for AMD's GPUs "
+        "machine's GPU (sm_90 if there is none), or sm_80, sm_90, ...; gfx90a, gfx942, gfx1100, gfx1201 for AMD's GPUs "
         "(default: %(default)s)",
     )
     compiling.add_argument(

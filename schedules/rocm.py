@@ -13,8 +13,8 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.schedules.gpu import Block
 
-# Channels of a row that a thread of the feature map keeps in registers. Where that loop is unrolled, LLVM moves all loads
-# to its beginning: with 64 channels 446 registers on gfx90a, and 28 spilled on gfx1100, in place of 84 and 42.
+# Channels of a row that a thread of the feature map keeps in registers. Where that loop is unrolled, LLVM moves all
+# loads to its beginning: with 64 channels 446 registers on gfx90a, and 28 spilled on gfx1100, in place of 84 and 42.
 WIDEST_ROW = 0
 
 

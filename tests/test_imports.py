@@ -22,7 +22,8 @@ BELOW = {
     "plan": {"errors"},
     "runtime": {"errors", "plan"},
     "gpu_targets": {"errors"},
-    "targets": {"errors", "gpu_targets"},
+    "rocm_targets": {"errors", "gpu_targets", "plan"},
+    "targets": {"errors", "gpu_targets", "rocm_targets"},
     "te": {"errors", "plan"},
     "schedules": {"errors", "plan", "te"},
     "build": {"errors", "files", "plan", "te", "schedules", "gpu_targets", "targets", "runtime"},
@@ -78,7 +79,7 @@ BENCHMARKS = {
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {
-    "tvm": ({"te", "schedules", "build", "tune"}, {"gpu_targets", "targets"}),
+    "tvm": ({"te", "schedules", "build", "tune"}, {"gpu_targets", "rocm_targets", "targets"}),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"targets"}),
     "torch": ({"torch", "peers"}, {"tune", *BENCHMARKS}),
     "matplotlib": (set(), {"bench_output"}),

@@ -59,7 +59,8 @@ def compile_operator(config: Config, target: AnyTarget) -> Path:
 def export(config: Config, target: AnyTarget, out_dir: str | os.PathLike[str]) -> Path:
     """Compile an operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that.
 
-    Beside artefacts for NVIDIA GPUs it puts the libraries of TVM that run them, so that `out_dir` needs nothing of TVM's.
+    Beside artefacts for NVIDIA GPUs it puts the libraries of TVM that run them, so that `out_dir` needs nothing more of
+    TVM's.
     """
     if target.kind == "cuda":
         cuda.pack_runtime(Path(out_dir))
@@ -182,7 +183,7 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
                     "expected cuda-sm_*. AMD GPUs are served in float32."
                 )
             return lower_tensor_cores.lower(config)
-        return (lower_rocm if target.kind == "rocm" else lower_gpu).lower(config)
+        return lower_rocm.lower(config) if target.kind == "rocm" else lower_gpu.lower(config)
     if isinstance(target, GpuTargetSpec):
         raise BuildError(
             f"The config {config.name} is for CPUs, and the target {target.id} is none: expected x86_64-*."

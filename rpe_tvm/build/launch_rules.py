@@ -42,7 +42,7 @@ def arguments_of(function: tvm.tirx.PrimFunc) -> list[dict[str, Any]]:
         if not isinstance(parameter.ty, tirx.BufferType):
             found.append({"name": str(parameter.name), "dtype": str(parameter.ty.dtype)})
             continue
-        of = {
+        of: dict[str, Any] = {
             "name": str(parameter.name),
             "dtype": str(parameter.dtype),
             "shape": [_rule(s, {}) for s in parameter.shape],

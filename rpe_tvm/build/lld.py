@@ -30,8 +30,8 @@ def find() -> Path:
             return Path(path)
     older = f" {found[0]} is of version {_version(found[0])[1]}." if found else ""
     raise CompilerNotFoundError(
-        f"No ld.lld of LLVM {OLDEST} or later: compiling for an AMD GPU needs it on PATH.{older} Install it (Debian and "
-        "Ubuntu: apt install lld-22)."
+        f"No ld.lld of LLVM {OLDEST} or later: compiling for an AMD GPU needs it on PATH.{older} Install it (Debian "
+        "and Ubuntu: apt install lld-22)."
     )
 
 

@@ -1,5 +1,5 @@
-"""Builds code objects for AMD GPUs, without AMD's software: TVM's LLVM compiles, LLVM's linker links, and what comes out
-is checked before anything runs it."""
+"""Builds code objects for AMD GPUs, without AMD's software: TVM's LLVM compiles, LLVM's linker links, and what comes
+out is checked before anything runs it."""
 
 from __future__ import annotations
 
@@ -166,10 +166,10 @@ def _split(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> tuple[dic
             raise BuildError(
                 f"The function {symbol} of {name} has no kernel: its schedule binds no loop to blocks and threads."
             )
-    launched = [kernel["name"] for function in functions.values() for kernel in function["kernels"]]
+    names = [str(kernel["name"]) for function in functions.values() for kernel in function["kernels"]]
     made = [str(kernel.attrs["global_symbol"]) for kernel in device.functions.values()]
-    if sorted(launched) != sorted(made):
-        raise BuildError(f"The host code of {name} launches {launched} once each: expected {made}.")
+    if sorted(names) != sorted(made):
+        raise BuildError(f"The host code of {name} launches {names} once each: expected {made}.")
     return functions, device
 
 

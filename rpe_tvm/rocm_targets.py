@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rpe_tvm.errors import BuildError
 from rpe_tvm.gpu_targets import GpuTargetSpec
-from rpe_tvm.plan.rocm import MAX_THREADS, PREFIX, SHARED_BYTES, WAVES
+from rpe_tvm.plan.rocm_limits import MAX_THREADS, PREFIX, SHARED_BYTES, WAVES
 
 if TYPE_CHECKING:
     from tvm.target import Target

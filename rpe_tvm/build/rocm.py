@@ -14,7 +14,7 @@ from rpe_tvm.build import code_object, lld
 from rpe_tvm.build.device_code import kernel_shared_bytes
 from rpe_tvm.errors import BuildError
 from rpe_tvm.gpu_targets import GpuTargetSpec
-from rpe_tvm.plan.rocm import WAVES
+from rpe_tvm.plan.rocm_limits import WAVES
 
 if TYPE_CHECKING:
     import tvm

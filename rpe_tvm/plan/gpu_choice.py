@@ -9,6 +9,7 @@ from rpe_tvm.plan import gpu, gpu_direct, gpu_wisdom, rocm
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
+from rpe_tvm.plan.rocm_limits import is_rocm
 
 # The rule: from here on the FFT has fewer operations to do, counted at the rates of the H100's prototypes.
 LONGEST_DIRECT = 32768
@@ -43,7 +44,7 @@ def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32", targe
         If there is none: for too many positions. Sixteen-bit numbers that tensor cores do not serve are converted, and
         the config is that of float32.
     """
-    if rocm.is_rocm(target_id):
+    if is_rocm(target_id):
         return rocm.choose(n, num_features, head_dim, target_id)
     if dtype != "float32" and n <= LONGEST_DIRECT and _has_tiles(num_features, head_dim, dtype):
         return gpu_direct.choose(n, num_features, head_dim, dtype)  # type: ignore[arg-type]
@@ -72,7 +73,7 @@ def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32", tar
     ValueError
         If there is none: for too many positions, and for 16-bit numbers that `is_direct` denies.
     """
-    if rocm.is_rocm(target_id) and dtype != "float32":
+    if is_rocm(target_id) and dtype != "float32":
         raise ValueError(f"No kernel for {dtype} on {target_id}: AMD GPUs are served in float32. Convert to that.")
     if dtype != "float32" and not is_direct(n, num_features, head_dim, dtype):
         raise ValueError(

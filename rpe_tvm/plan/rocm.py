@@ -1,4 +1,4 @@
-"""What AMD GPUs offer, and the rule for the config of attention there.
+"""The rule for the config of attention on AMD GPUs.
 
 Nothing here was measured: it follows from what code objects say of registers and local memory (docs/decisions.md).
 """
@@ -7,18 +7,10 @@ from __future__ import annotations
 
 from rpe_tvm.plan import gpu
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.rocm_limits import wave
 
-PREFIX = "rocm-"  # of target ids
-
-# Architecture -> threads that execute together.
-WAVES: dict[str, int] = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
-# Threads of a block: TVM's generator declares no more in code objects, and the driver refuses what is not declared.
-MAX_THREADS = 256
-# Local memory of a block ("LDS", what CUDA calls shared memory).
-SHARED_BYTES = 64 * 1024
-
-# The radices of a row of that many points. A thread with 16 points needs more than 256 registers with 64 of them in a
-# wave; 8 at most, with a small radix in the middle, take 121 to 226 and the least local memory.
+# The radices of a row of that many points: 8 points of a thread take 102 to 238 registers with m = 32 and d = 64, and a
+# block has twice the threads that it would have with 16. A small radix in the middle takes the least local memory.
 ROW_RADICES: dict[int, tuple[int, ...]] = {
     64: (4, 4, 4),
     128: (4, 2, 4, 4),
@@ -32,16 +24,6 @@ LONGEST_ROW = 2048
 FOLDED, FOLDS = 4096, 4
 # Wave -> the most columns. 32 of them spill registers where there are 256 of a thread.
 MOST_COLUMNS: dict[int, int] = {64: 32, 32: 16}
-
-
-def is_rocm(target_id: str) -> bool:
-    """Return whether a target id is that of an AMD GPU, such as ``rocm-gfx942``."""
-    return target_id.startswith(PREFIX)
-
-
-def wave(target_id: str) -> int:
-    """Return how many threads execute together on a target."""
-    return WAVES[target_id.removeprefix(PREFIX)]
 
 
 def choose(n: int, num_features: int, head_dim: int, target_id: str) -> GpuAttentionConfig:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rpe_tvm.errors import DTypeError, ShapeError
 
-_OPERATORS = {
+_OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
@@ -25,7 +25,7 @@ def value(rule: Any, sizes: Mapping[str, int]) -> int:
     if isinstance(rule, str):
         return sizes[rule]
     operator, left, right = rule
-    return int(_OPERATORS[operator](value(left, sizes), value(right, sizes)))
+    return _OPERATORS[operator](value(left, sizes), value(right, sizes))
 
 
 def sizes_of(function: str, parameters: Sequence[Mapping[str, Any]], arguments: Sequence[Any]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from rpe_tvm.build import compile as build
 from rpe_tvm.errors import ArtefactError, BuildError, CompilerNotFoundError
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
-from rpe_tvm.plan.rocm import WAVES
+from rpe_tvm.plan.rocm_limits import WAVES
 from rpe_tvm.runtime import load_hip
 
 pytestmark = pytest.mark.compile

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TARGET",
         help="cpu (on x86 also x86) for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, "
         f"..., {', '.join(arm_targets.PRESETS)}; cuda for this machine's GPU (sm_90 if there is none), or sm_80, "
-        "sm_90, ... (default: %(default)s)",
+        "sm_90, ...; gfx90a, gfx942, gfx1100, gfx1201 for AMD's GPUs (default: %(default)s)",
     )
     compiling.add_argument(
         "--dtype",
@@ -203,7 +203,7 @@ def _compile(args: argparse.Namespace) -> int:
         path = build.export(config, target, args.out)
         contents = manifest.read(path)
         print(
-            f"{path / manifest.LIBRARY}  {_size(contents['library']['bytes'])}  {config.description}, "
+            f"{path / contents['library']['file']}  {_size(contents['library']['bytes'])}  {config.description}, "
             f"{contents['schedule']['source']} schedule  {time.perf_counter() - start:.1f} s",
             flush=True,
         )

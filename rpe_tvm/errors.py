@@ -14,11 +14,15 @@ class BuildError(RpeTvmError, RuntimeError):
 
 
 class CompilerNotFoundError(BuildError):
-    """No C++ compiler, or no nvcc for a GPU target, was found on this machine; exporting a library needs one."""
+    """A C++ compiler, or nvcc or ld.lld for a GPU target, was not found on this machine; exporting needs it."""
 
 
 class GpuNotFoundError(RpeTvmError, RuntimeError):
-    """This process can use no NVIDIA GPU."""
+    """This process can use no GPU."""
+
+
+class HipError(RpeTvmError, RuntimeError):
+    """A call of AMD's HIP failed."""
 
 
 class SecondGradientError(RpeTvmError, NotImplementedError):

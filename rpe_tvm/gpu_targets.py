@@ -1,4 +1,4 @@
-"""GPU targets: which NVIDIA GPUs a library is compiled for and what they offer."""
+"""GPU targets: which NVIDIA GPUs a library is compiled for and what they offer. AMD's are in `rpe_tvm.rocm_targets`."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class GpuTargetSpec:
     Attributes
     ----------
     id
-        Name in artefacts and tuning logs, ``cuda-<arch>``.
+        Name in artefacts and tuning logs, ``cuda-<arch>`` or ``rocm-<arch>``.
     kind
-        TVM's target kind, ``cuda``.
+        TVM's target kind, ``cuda`` or ``rocm``.
     arch
-        The architecture that algorithms and schedules are chosen for, such as ``sm_90``.
+        The architecture that algorithms and schedules are chosen for, such as ``sm_90`` or ``gfx942``.
     architectures
-        All architectures that get machine code, ascending. Newer GPUs run the PTX of the last one.
+        All architectures that get machine code, ascending. Newer GPUs of NVIDIA's run the PTX of the last one.
     max_threads
         Threads that a block may have.
     shared_bytes

@@ -210,6 +210,7 @@ def flex_with_bias(
         blocks = create_block_mask(sees, None, None, n_q, n_k, device=str(query.device)) if is_causal else None
         flex = torch.compile(flex_attention, dynamic=False)
         # torch's own number of stages needs more shared memory in bfloat16 than a Hopper has
+        options: Any
         for options in ({}, {"num_stages": 2}):
             call = functools.partial(flex, score_mod=with_bias, block_mask=blocks, kernel_options=options)
             try:

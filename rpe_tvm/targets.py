@@ -1,6 +1,6 @@
 """Targets: which CPU a library is compiled for and what it needs there.
 
-ARM CPUs are in `rpe_tvm.arm_targets`, GPUs in `rpe_tvm.gpu_targets`.
+ARM CPUs are in `rpe_tvm.arm_targets`, GPUs in `rpe_tvm.gpu_targets` and `rpe_tvm.rocm_targets`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import difflib
 import functools
 from typing import TYPE_CHECKING, Any
 
-from rpe_tvm import arm_targets, gpu_targets, llvm
+from rpe_tvm import arm_targets, gpu_targets, llvm, rocm_targets
 from rpe_tvm.errors import BuildError
 from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.machine import ARM, X86, this_machine
@@ -91,16 +91,18 @@ def preset(name: str) -> AnyTarget:
     ----------
     name
         ``cpu`` for this machine's CPU; ``x86`` for the same, which must be an x86 one then; an x86 CPU name of LLVM's
-        (``haswell``, ``znver4``, ...); an ARM CPU of `arm_targets.PRESETS`; ``cuda`` for this machine's GPU, or a GPU
-        architecture (``sm_80``, ``sm_90``, ...).
+        (``haswell``, ``znver4``, ...); an ARM CPU of `arm_targets.PRESETS`; ``cuda`` for this machine's NVIDIA GPU, or
+        a GPU architecture (``sm_80``, ``sm_90``, ..., ``gfx942``, ...).
 
     Raises
     ------
     BuildError
-        For a name that neither LLVM nor `rpe_tvm.gpu_targets` knows, and for a CPU without AVX2 and FMA.
+        For a name that neither LLVM nor the modules of GPU targets know, and for a CPU without AVX2 and FMA.
     """
     if gpu_targets.is_gpu(name):
         return gpu_targets.preset(name)
+    if rocm_targets.is_rocm(name):
+        return rocm_targets.preset(name)
     if arm_targets.is_arm(name):
         return arm_targets.preset(name)
     if name in ("cpu", "x86"):
@@ -117,7 +119,7 @@ def preset(name: str) -> AnyTarget:
         raise BuildError(
             f"Unknown target {name!r}: expected 'x86' (this machine's CPU), an x86 CPU name of LLVM's, such as "
             f"haswell, skylake-avx512 or znver4, an ARM CPU ({', '.join(arm_targets.PRESETS)}), 'cuda' (this machine's "
-            f"GPU), or sm_80, sm_90, ....{hint}"
+            f"GPU), sm_80, sm_90, ..., or gfx90a, gfx942, gfx1100, gfx1201.{hint}"
         )
     return _spec(name, _needed_flags(name))
 
@@ -153,7 +155,7 @@ def detect() -> TargetSpec:
 def to_tvm(spec: AnyTarget) -> Target:
     """The TVM target of `spec`. Imports tvm."""
     if isinstance(spec, GpuTargetSpec):
-        return gpu_targets.to_tvm(spec)
+        return (rocm_targets if spec.kind == "rocm" else gpu_targets).to_tvm(spec)
     if spec.machine in ARM:
         return arm_targets.to_tvm(spec)
     allowed = set(spec.features)

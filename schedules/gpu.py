@@ -208,10 +208,11 @@ def normalise(sch: Schedule) -> None:
     sch.storage_align(sums, 0, 3, PAIR * TILE, PAIR)
 
 
-def features(sch: Schedule, config: GpuAttentionConfig) -> None:
+def features(sch: Schedule, config: GpuAttentionConfig, widest_row: int = WIDEST_ROW) -> None:
     """Schedule `te.gpu_features.features`: a thread makes a few features of one position.
 
-    Rows come through shared memory: neighbouring threads read neighbouring numbers of a row there.
+    Rows come through shared memory: neighbouring threads read neighbouring numbers of a row there. Rows of up to
+    `widest_row` channels are then kept in registers.
     """
     for name in ("q", "k"):
         phi = sch.get_sblock(f"phi_{name}")
@@ -229,7 +230,7 @@ def features(sch: Schedule, config: GpuAttentionConfig) -> None:
         logits, norm, row = (sch.get_sblock(f"{stage}_{name}") for stage in ("logits", "norm", "row"))
         weights = sch.cache_read(logits, read_index(sch, logits, "projection"), "shared.dyn", [logits])
         unrolled = [phi]
-        if config.head_dim <= WIDEST_ROW:
+        if config.head_dim <= widest_row:
             of_thread = sch.cache_read(norm, read_index(sch, norm, f"row_{name}"), "local")
             unrolled += [logits, norm, of_thread]
         for block, loop in ((f"scale_{name}", thread), (f"logits_{name}", thread), (f"norm_{name}", thread)):
@@ -238,7 +239,7 @@ def features(sch: Schedule, config: GpuAttentionConfig) -> None:
             sch.compute_at(stage, loop)
         *of_features, k = below(sch, logits, thread)
         sch.reorder(k, *of_features)
-        if config.head_dim <= WIDEST_ROW:
+        if config.head_dim <= widest_row:
             sch.compute_at(of_thread, thread)
         for stage in unrolled:
             unroll(sch, below(sch, stage, thread))

@@ -1,6 +1,7 @@
 """Runs generated CUDA kernels on the CPU: every CUDA thread is a fiber, and a barrier hands over to the next one.
 
-Checks numbers and the order of shared memory accesses between barriers, on machines without a GPU. No warp intrinsics.
+Checks numbers and the order of shared memory accesses between barriers, on machines without a GPU. Of what a warp can
+do on its own there is only its barrier, for kernels of whose threads the first warp alone comes by.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ alignas(64) static unsigned char shared_memory[262144];
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
 static int running;
-static void barrier() { int self = running; swapcontext(&fibers[self], &scheduler); }
+static std::vector<char> waiting;  // at a barrier of the block
+static void pause() { int self = running; swapcontext(&fibers[self], &scheduler); }
+static void barrier() { waiting[running] = 1; pause(); }
 #define __syncthreads() barrier()
+#define __syncwarp() pause()
+#define CUDART_INF_F INFINITY
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -51,7 +56,8 @@ static void enter() { call_kernel(arguments); done[running] = 1; }
 extern "C" int run_block(int bx, int by, int bz, int threads, int order, void** a) {
   const size_t stack = 1 << 18;
   std::vector<char*> stacks(threads);
-  fibers.assign(threads, ucontext_t()); done.assign(threads, 0); arguments = a; blockIdx = {bx, by, bz};
+  fibers.assign(threads, ucontext_t()); done.assign(threads, 0); waiting.assign(threads, 0);
+  arguments = a; blockIdx = {bx, by, bz};
   for (int t = 0; t < threads; t++) {
     stacks[t] = (char*)malloc(stack);
     getcontext(&fibers[t]);
@@ -60,16 +66,19 @@ extern "C" int run_block(int bx, int by, int bz, int threads, int order, void** 
   }
   int left = threads, status = 0;
   while (left > 0) {
-    int finished = 0;
+    int resumed = 0;
     for (int k = 0; k < threads; k++) {
       int t = order > 0 ? k : threads - 1 - k;
-      if (done[t]) continue;
+      if (done[t] || waiting[t]) continue;
       running = t; threadIdx = {t, 0, 0};
       swapcontext(&scheduler, &fibers[t]);
-      finished += done[t];
+      left -= done[t];
+      resumed++;
     }
-    if (finished != 0 && finished != left) { status = 1; break; }  // some threads wait where others have left
-    left -= finished;
+    if (resumed == 0) {  // all that are left wait
+      if (left != threads) { status = 1; break; }  // where others have left
+      waiting.assign(threads, 0);
+    }
   }
   for (char* s : stacks) free(s);
   return status;
@@ -77,15 +86,16 @@ extern "C" int run_block(int bx, int by, int bz, int threads, int order, void** 
 """
 
 
-def compile_kernel(source: str, directory: Path, name: str | None = None) -> Callable[..., None]:
+def compile_block(source: str, directory: Path, name: str | None = None) -> tuple[Any, list[str], list[str]]:
     """Compile a kernel of CUDA source for the CPU.
 
     Returns
     -------
-    callable
-        ``run(block, threads, arguments)``: block indices (x, y, z); arguments by name, NumPy arrays and integers, named
-        as in the source but for the ``_ptr`` of pointers. Threads run in both orders between barriers, on copies, and
-        must agree; then in place.
+    run_block
+        ``run_block(x, y, z, threads, order, pointers)`` of `LAUNCHER`: runs a block on pointers and on addresses of
+        numbers; not 0 where threads wait at different barriers.
+    names, types
+        Of the parameters, names without the ``_ptr`` of pointers.
     """
     kernels = re.findall(r'extern "C" __global__ void [^\n;{]*?(\w+)\(([^)]*)\) \{', source)
     found, signature = next((k for k in kernels if name in (None, k[0])), kernels[0])
@@ -93,6 +103,7 @@ def compile_kernel(source: str, directory: Path, name: str | None = None) -> Cal
     body = body.split('extern "C" __global__', 2)
     text = 'extern "C" ' + body[1]
     text = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", text)
+    text = re.sub(r"__shared__ (alignas\(\d+\)) ", r"\1 static ", text)
     parameters = [re.sub(r"__restrict__", "", p).split() for p in signature.split(",")]
     types = [" ".join(p[:-1]) for p in parameters]
     names = [p[-1].removesuffix("_ptr") for p in parameters]
@@ -104,7 +115,20 @@ def compile_kernel(source: str, directory: Path, name: str | None = None) -> Cal
     path.write_text(unit, encoding="utf-8")
     library = path.with_suffix(".so")
     subprocess.run(["g++", "-O1", "-w", "-std=c++17", "-shared", "-fPIC", "-o", library, path], check=True)
-    entry = ctypes.CDLL(str(library)).run_block
+    return ctypes.CDLL(str(library)).run_block, names, types
+
+
+def compile_kernel(source: str, directory: Path, name: str) -> Callable[..., None]:
+    """Compile a kernel of CUDA source for the CPU.
+
+    Returns
+    -------
+    callable
+        ``run(block, threads, arguments)``: block indices (x, y, z); arguments by name, NumPy arrays and integers, named
+        as in the source but for the ``_ptr`` of pointers. Threads run in both orders between barriers, on copies, and
+        must agree; then in place.
+    """
+    entry, names, _ = compile_block(source, directory, name)
 
     def run(block: Sequence[int], threads: int, arguments: dict[str, Any]) -> None:
         results = []
@@ -117,11 +141,11 @@ def compile_kernel(source: str, directory: Path, name: str | None = None) -> Cal
             holders = [_pointer(copies[key]) for key in names]
             pointers = (ctypes.c_void_p * len(holders))(*(address for address, _ in holders))
             if entry(*block, threads, order, pointers) != 0:
-                raise RuntimeError(f"{found}: threads of block {tuple(block)} wait at different barriers")
+                raise RuntimeError(f"{name}: threads of block {tuple(block)} wait at different barriers")
             results.append(copies)
         for key in names:
             if isinstance(arguments[key], np.ndarray):
-                np.testing.assert_array_equal(results[0][key], results[1][key], f"{found}: a race on {key}")
+                np.testing.assert_array_equal(results[0][key], results[1][key], f"{name}: a race on {key}")
 
     return run
 

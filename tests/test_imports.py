@@ -26,7 +26,8 @@ BELOW = {
     "target_spec": {"machine"},
     "gpu_targets": {"errors"},
     "arm_targets": {"errors", "llvm", "machine", "target_spec"},
-    "targets": {"errors", "llvm", "machine", "target_spec", "arm_targets", "gpu_targets"},
+    "rocm_targets": {"errors", "gpu_targets", "plan"},
+    "targets": {"errors", "llvm", "machine", "target_spec", "arm_targets", "gpu_targets", "rocm_targets"},
     "te": {"errors", "plan"},
     "schedules": {"errors", "plan", "te"},
     "build": {"errors", "files", "machine", "plan", "te", "schedules", "gpu_targets", "targets", "runtime"},
@@ -82,7 +83,7 @@ BENCHMARKS = {
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {
-    "tvm": ({"te", "schedules", "build", "tune"}, {"arm_targets", "gpu_targets", "llvm", "targets"}),
+    "tvm": ({"te", "schedules", "build", "tune"}, {"arm_targets", "gpu_targets", "llvm", "rocm_targets", "targets"}),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"llvm"}),
     "torch": ({"torch", "peers"}, {"tune", *BENCHMARKS}),
     "matplotlib": (set(), {"bench_output"}),

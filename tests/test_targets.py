@@ -189,3 +189,21 @@ def test_import_is_light(run_python: Callable[..., subprocess.CompletedProcess[s
 def _pretend(monkeypatch: pytest.MonkeyPatch, mcpu: str, flags: tuple[str, ...], hidden: set[str]) -> None:
     monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags) - hidden)
     monkeypatch.setattr(llvm, "host_cpu", lambda: mcpu)
+
+
+def test_amd_targets() -> None:
+    from rpe_tvm.plan.rocm_limits import WAVES
+
+    for arch, wave in WAVES.items():
+        spec = targets.preset(arch)
+        assert (spec.id, spec.kind, spec.arch) == (f"rocm-{arch}", "rocm", arch)
+        assert (spec.max_threads, spec.shared_bytes, spec.architectures) == (256, 65536, (arch,))
+        assert wave == (64 if arch.startswith("gfx9") else 32)
+    with pytest.raises(BuildError, match="Unknown architecture of AMD GPUs 'gfx906': expected one of gfx90a, gfx942"):
+        targets.preset("gfx906")
+
+
+@pytest.mark.compile
+def test_amd_target_of_tvm() -> None:
+    target = targets.to_tvm(targets.preset("gfx1100"))
+    assert (target.kind.name, target.attrs["mcpu"], int(target.attrs["thread_warp_size"])) == ("rocm", "gfx1100", 32)

@@ -6,9 +6,10 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from rpe_tvm.build import cache, cuda, link, manifest
+from rpe_tvm.build import cache, cuda, link, manifest, rocm
 from rpe_tvm.errors import BuildError
 from rpe_tvm.files import copy_files
 from rpe_tvm.gpu_targets import GpuTargetSpec
@@ -48,7 +49,7 @@ def compile_operator(config: Config, target: AnyTarget) -> Path:
     Raises
     ------
     CompilerNotFoundError
-        If it is not in the cache and there is no C++ compiler, or no nvcc for a GPU.
+        If it is not in the cache and there is no C++ compiler, no nvcc for an NVIDIA GPU, or no ld.lld for an AMD GPU.
     BuildError
         If it does not compile, or the cache cannot be used.
     """
@@ -59,9 +60,10 @@ def compile_operator(config: Config, target: AnyTarget) -> Path:
 def export(config: Config, target: AnyTarget, out_dir: str | os.PathLike[str]) -> Path:
     """Compile an operator, copy it to ``<out_dir>/<config name>/<target id>`` and return that.
 
-    Beside artefacts for GPUs it puts the libraries of TVM that run them, so that `out_dir` needs nothing of TVM's.
+    Beside artefacts for NVIDIA GPUs it puts the libraries of TVM that run them, so that `out_dir` needs nothing more of
+    TVM's.
     """
-    if isinstance(target, GpuTargetSpec):
+    if target.kind == "cuda":
         cuda.pack_runtime(Path(out_dir))
     return copy_artefact(compile_operator(config, target), Path(out_dir) / config.name / target.id)
 
@@ -105,12 +107,13 @@ def compile_module(
     """
     tvm_target = to_tvm(target)
     functions = _function_names(mod)
+    file = rocm.LIBRARY if target.kind == "rocm" else manifest.LIBRARY
     key = cache.key_of(
         {
             "tir": mod.script(show_meta=True),
             "target": str(tvm_target),
             "versions": manifest.versions(),
-            "link": cuda.fingerprint(target) if isinstance(target, GpuTargetSpec) else link.fingerprint(),
+            "link": _builder(target).fingerprint(target) if isinstance(target, GpuTargetSpec) else link.fingerprint(),
             "manifest": [manifest.FORMAT, op, name, config, schedule, target.to_json()],
         }
     )
@@ -122,7 +125,7 @@ def compile_module(
             target=target,
             schedule=schedule,
             functions=functions,
-            library=directory / manifest.LIBRARY,
+            library=directory / file,
             device=device,
         )
 
@@ -131,9 +134,9 @@ def compile_module(
         return found == expected(directory, found.get("device"))
 
     def build(directory: Path) -> None:
-        library, device = directory / manifest.LIBRARY, None
+        library, device = directory / file, None
         if isinstance(target, GpuTargetSpec):
-            device = cuda.build(mod, target, tvm_target, name, library)
+            device = _builder(target).build(mod, target, tvm_target, name, library)
         else:
             _build_for_cpu(mod, target, tvm_target, name, library)
         manifest.write(directory, expected(directory, device))
@@ -157,7 +160,11 @@ def copy_artefact(artefact: Path, destination: Path) -> Path:
 
     A library that a process has loaded from there stays as it is for that process.
     """
-    return copy_files(artefact, (manifest.LIBRARY, manifest.FILE), destination)
+    return copy_files(artefact, (manifest.read(artefact)["library"]["file"], manifest.FILE), destination)
+
+
+def _builder(target: GpuTargetSpec) -> ModuleType:
+    return rocm if target.kind == "rocm" else cuda
 
 
 def _lower(config: Config, target: AnyTarget) -> Lowered:
@@ -167,20 +174,34 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
         lower_backward,
         lower_gpu,
         lower_gpu_backward,
+        lower_rocm,
         lower_tensor_cores,
         lower_toeplitz,
     )
 
     if isinstance(config, GpuAttentionConfig | TensorCoreConfig):
-        if isinstance(target, GpuTargetSpec):
+        if not isinstance(target, GpuTargetSpec):
+            raise BuildError(
+                f"The config {config.name} is for GPUs, and the target {target.id} is none: expected cuda-sm_* or "
+                "rocm-gfx*."
+            )
+        if target.kind == "rocm":
             if isinstance(config, TensorCoreConfig):
-                return lower_tensor_cores.lower(config)
+                raise BuildError(
+                    f"The config {config.name} is for NVIDIA's tensor cores, and the target {target.id} has none: "
+                    "expected cuda-sm_*. AMD GPUs are served in float32."
+                )
             if isinstance(config, GpuBackwardConfig):
-                return lower_gpu_backward.lower(config)
-            return lower_gpu.lower(config)
-        raise BuildError(
-            f"The config {config.name} is for GPUs, and the target {target.id} is none: expected cuda-sm_*."
-        )
+                raise BuildError(
+                    f"The config {config.name} is for NVIDIA GPUs, and the target {target.id} is none: expected "
+                    "cuda-sm_*. There are no gradients on AMD GPUs yet."
+                )
+            return lower_rocm.lower(config)
+        if isinstance(config, TensorCoreConfig):
+            return lower_tensor_cores.lower(config)
+        if isinstance(config, GpuBackwardConfig):
+            return lower_gpu_backward.lower(config)
+        return lower_gpu.lower(config)
     if isinstance(target, GpuTargetSpec):
         raise BuildError(
             f"The config {config.name} is for CPUs, and the target {target.id} is none: expected x86_64-*, aarch64-* "

@@ -77,7 +77,7 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
         raise
     except Exception as error:  # TVM raises whatever class its C++ code named
         raise BuildError(f"TVM could not compile {name} for {target}: {error}") from error
-    shared_bytes = _shared_bytes(device)
+    shared_bytes = kernel_shared_bytes(device)
     for function in launchers.functions.values():
         symbol = str(function.attrs["global_symbol"])
         if not any(kernel.startswith(f"{symbol}_kernel") for kernel in shared_bytes):
@@ -176,7 +176,8 @@ def _generate(host: tvm.IRModule, device: tvm.IRModule, target: tvm.target.Targe
     return module, str(kernels.inspect_source())
 
 
-def _shared_bytes(device: tvm.IRModule) -> dict[str, int]:
+def kernel_shared_bytes(device: tvm.IRModule) -> dict[str, int]:
+    """Kernel -> shared memory of a block, from lowered kernels."""
     from tvm.s_tir.analysis import calculate_allocated_bytes
 
     found = {}

@@ -47,8 +47,8 @@ def _scheduled(
     schedule(sch, config)
 
 
-def lower(config: GpuAttentionConfig) -> Lowered:
-    """Return the scheduled functions.
+def lower(config: GpuAttentionConfig, widest_row: int = gpu.WIDEST_ROW) -> Lowered:
+    """Return the scheduled functions; `widest_row` as in `schedules.gpu.features`.
 
     `features_prf`, `features_nprf`, `largest`, `spectrum`, `attention` and `normalise`; where a transform does not
     fit into shared memory `spectrum_columns` and `spectrum_rows`, and `columns`, `rows` and `back_columns`. Batch,
@@ -67,7 +67,7 @@ def lower(config: GpuAttentionConfig) -> Lowered:
         add(
             f"features_{feature_map}",
             gpu_features.features(config, sizes, feature_map),
-            lambda sch: gpu.features(sch, config),
+            lambda sch: gpu.features(sch, config, widest_row),
         )
     add("largest", gpu_weights.largest_bias(sizes), gpu.largest_bias)
     for name, expressions, schedule in (_short if config.columns == 1 else _long)(config, sizes):

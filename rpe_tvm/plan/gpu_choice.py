@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from rpe_tvm.plan import gpu, gpu_direct, gpu_wisdom
+from rpe_tvm.plan import gpu, gpu_direct, gpu_wisdom, rocm
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
+from rpe_tvm.plan.rocm_limits import is_rocm
 
 # The rule: from here on the FFT has fewer operations to do, counted at the rates of the H100's prototypes.
 LONGEST_DIRECT = 32768
@@ -34,7 +35,7 @@ def _has_tiles(num_features: int, head_dim: int, dtype: str) -> bool:
     return True
 
 
-def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32") -> GpuConfig:
+def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32", target_id: str = MEASURED) -> GpuConfig:
     """Return the config for up to `n` positions of `dtype` where nothing was measured.
 
     Raises
@@ -43,6 +44,8 @@ def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32") -> Gp
         If there is none: for too many positions. Sixteen-bit numbers that tensor cores do not serve are converted, and
         the config is that of float32.
     """
+    if is_rocm(target_id):
+        return rocm.choose(n, num_features, head_dim, target_id)
     if dtype != "float32" and n <= LONGEST_DIRECT and _has_tiles(num_features, head_dim, dtype):
         return gpu_direct.choose(n, num_features, head_dim, dtype)  # type: ignore[arg-type]
     return gpu.choose(n, num_features, head_dim)
@@ -63,13 +66,15 @@ def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32", tar
     dtype : str
         Of query, key, value and the output.
     target_id : str
-        As ``cuda-sm_90``.
+        As ``cuda-sm_90`` or ``rocm-gfx942``.
 
     Raises
     ------
     ValueError
         If there is none: for too many positions, and for 16-bit numbers that `is_direct` denies.
     """
+    if is_rocm(target_id) and dtype != "float32":
+        raise ValueError(f"No kernel for {dtype} on {target_id}: AMD GPUs are served in float32. Convert to that.")
     if dtype != "float32" and not is_direct(n, num_features, head_dim, dtype):
         raise ValueError(
             f"No kernel for {dtype}: expected a head_dim that is a multiple of 8, head_dim / 2 + num_features / 4 <= "
@@ -81,7 +86,7 @@ def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32", tar
     if measured is not None and measured.config.length == length and measured.config.dtype == dtype:
         return measured.config
     if dtype == "float32":
-        return gpu.choose(n, num_features, head_dim)
+        return rule(n, num_features, head_dim, dtype, target_id)
     if measured is not None and isinstance(measured.config, TensorCoreConfig):
         return replace(measured.config, length=length)
     return gpu_direct.choose(n, num_features, head_dim, dtype)  # type: ignore[arg-type]

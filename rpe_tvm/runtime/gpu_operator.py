@@ -30,6 +30,11 @@ def function_names(config: GpuConfig) -> tuple[str, ...]:
     return (*_FEATURES, "largest", *_LONG, "normalise")
 
 
+def kernel_functions(config: GpuConfig) -> tuple[str, ...]:
+    """The names of those functions that launch kernels: all that is compiled for AMD GPUs."""
+    return tuple(name for name in function_names(config) if name not in _FORWARD)
+
+
 @dataclass(frozen=True)
 class GpuInstance:
     """One compiled length.

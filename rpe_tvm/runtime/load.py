@@ -20,10 +20,10 @@ from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_wisdom import config_from_json
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
-from rpe_tvm.runtime import toeplitz, tvm_runtime
+from rpe_tvm.runtime import hip, toeplitz, tvm_runtime
 from rpe_tvm.runtime.cpu import cpu_flags
 from rpe_tvm.runtime.gpu import gpus
-from rpe_tvm.runtime.gpu_operator import GpuInstance, function_names
+from rpe_tvm.runtime.gpu_operator import GpuInstance, function_names, kernel_functions
 from rpe_tvm.runtime.operator import FUNCTIONS, Attention, Functions, Instance, backward_functions
 
 FORMAT = 1
@@ -36,6 +36,7 @@ _OPERATORS: dict[tuple[str, str], tuple[Callable[[dict[str, Any]], Any], Callabl
     ("toeplitz", "llvm"): (ToeplitzConfig.from_json, lambda config: toeplitz.FUNCTIONS),
     ("attention", "cuda"): (config_from_json, function_names),
     ("backward", "cuda"): (GpuBackwardConfig.from_json, function_names),
+    ("attention", "rocm"): (config_from_json, kernel_functions),
 }
 
 
@@ -54,6 +55,7 @@ class _Wanted:
     op: str
     kind: str = "llvm"
     gpu_index: int = 0
+    arch: str = ""  # of an AMD GPU
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,30 @@ def _load_gpu(op: str, path: str | os.PathLike[str], gpu_index: int) -> GpuInsta
     chosen = _only(path, _Wanted(op, "cuda", gpu_index))
     tvm_runtime.load_cuda(chosen.library.absolute().parents[2], chosen.tvm_version)
     return GpuInstance(chosen.config, _open(chosen))
+
+
+def load_hip(path: str | os.PathLike[str], arch: str, stream: hip.Stream, library: str | None = None) -> GpuInstance:
+    """Load the compiled attention of one length for an AMD GPU under `path`; as `load`.
+
+    Parameters
+    ----------
+    path
+        An artefact, or a directory of artefacts that holds one length.
+    arch
+        The architecture of the GPU, such as ``gfx942``. What is loaded runs on all GPUs of that architecture.
+    stream
+        Called for each launch: the stream that it goes to, such as torch's current one.
+    library
+        HIP's library; None: the one that this process has loaded, else the one that the system finds.
+
+    Raises
+    ------
+    GpuNotFoundError
+        If HIP's library cannot be loaded.
+    """
+    chosen = _only(path, _Wanted("attention", "rocm", arch=arch))
+    rules = json.loads((chosen.library.parent / MANIFEST).read_text(encoding="utf-8"))["device"]["functions"]
+    return GpuInstance(chosen.config, hip.functions_of(hip.Hip(library), chosen.library, rules, stream))
 
 
 def _only(path: str | os.PathLike[str], wanted: _Wanted) -> _Candidate:
@@ -225,7 +251,10 @@ def _check(directory: Path, wanted: _Wanted) -> _Candidate | None:
         if _minor(built) != _minor(installed):
             raise _Unfit(f"built with {package} {built}, installed is {installed} (both must be {_minor(installed)}.*)")
     try:
-        fit = _fit_of_cpu(target) if kind == "llvm" else _fit_of_gpu(target, fields["device"], wanted.gpu_index)
+        if kind == "rocm":
+            fit = _fit_of_amd(target, fields["device"], functions, wanted.arch)
+        else:
+            fit = _fit_of_cpu(target) if kind == "llvm" else _fit_of_gpu(target, fields["device"], wanted.gpu_index)
     except (KeyError, TypeError, ValueError) as error:
         raise _Broken(f"{MANIFEST} is incomplete: {error!r}") from error
     try:
@@ -274,6 +303,15 @@ def _fit_of_gpu(target: dict[str, Any], device: dict[str, Any], gpu_index: int) 
             f"{gpu.shared_bytes}"
         )
     return tuned_for if tuned_for <= here else -tuned_for
+
+
+def _fit_of_amd(target: dict[str, Any], device: dict[str, Any], functions: set[str], arch: str) -> int:
+    """1 if a code object runs on an architecture, which no other one's does; else raises `_Unfit`."""
+    if not functions <= set(device["functions"]):
+        raise ValueError("device.functions lacks some of the functions")
+    if target["arch"] != arch:
+        raise _Unfit(f"compiled for {target['arch']}, and the GPU is {arch}")
+    return 1
 
 
 def _capability(arch: str) -> int:

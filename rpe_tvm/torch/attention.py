@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.plan import gpu_choice
+from rpe_tvm.torch import hip
 from rpe_tvm.torch import operators as operators  # registers torch.ops.rpe_tvm.*
 from rpe_tvm.torch.core import toeplitz_attention
 from rpe_tvm.torch.devices import check_device
@@ -107,7 +108,8 @@ def _on_tensor_cores(query: Tensor, key: Tensor, feature_map: FeatureMap) -> boo
     """Whether there is a kernel for 16-bit numbers as they are."""
     n = max(query.shape[2], key.shape[2])
     dtype = operators.dtype_name(query.dtype)
-    return query.is_cuda and gpu_choice.is_direct(n, feature_map.num_features, query.shape[3], dtype)
+    is_nvidia = query.is_cuda and not hip.is_hip()
+    return is_nvidia and gpu_choice.is_direct(n, feature_map.num_features, query.shape[3], dtype)
 
 
 def _on_features(

@@ -24,10 +24,12 @@ from rpe_tvm.runtime import (
     load_backward,
     load_gpu,
     load_gpu_backward,
+    load_hip,
     load_toeplitz,
 )
 from rpe_tvm.runtime.gpu import gpus
 from rpe_tvm.runtime.operator import Functions
+from rpe_tvm.torch import hip
 
 ARTEFACTS_VARIABLE = "RPE_TVM_ARTEFACTS"
 
@@ -178,14 +180,19 @@ def get_gpu_operator(gpu_index: int, n: int, num_features: int, head_dim: int, d
 
 
 def _find_gpu_operator(gpu_index: int, bucket: int, num_features: int, head_dim: int, dtype: str) -> GpuInstance:
+    arch = hip.architecture(gpu_index) if hip.is_hip() else gpus()[gpu_index].arch
+
+    def load_here(path: Path, length: int) -> GpuInstance:
+        return load_hip(path, arch, hip.stream) if hip.is_hip() else load_gpu(path, gpu_index)
+
     return _get(
         _Kind(
             name=f"attention-m{num_features}-d{head_dim}-{dtype}",
-            options=f"--op attention --features {num_features} --head-dim {head_dim} --target cuda --dtype {dtype}",
-            load=lambda path, length: load_gpu(path, gpu_index),
+            options=f"--op attention --features {num_features} --head-dim {head_dim} --target {arch} --dtype {dtype}",
+            load=load_here,
             choose=lambda target, bucket: gpu_choice.choose(bucket, num_features, head_dim, dtype, target.id),
             wrap=None,
-            target=gpus()[gpu_index].arch,
+            target=arch,
         ),
         bucket,
     )

@@ -32,7 +32,7 @@ def build_candidates(
     target : GpuTargetSpec
         Machine code is made for its own architecture only: candidates are raced, not shipped.
     work : Work
-        Where to put artefacts; TVM's libraries that run them are copied beside them.
+        Where to put artefacts; TVM's libraries that run those of NVIDIA's are copied beside them.
     workers : int
         Processes.
     progress : callable
@@ -44,7 +44,8 @@ def build_candidates(
         If a process is killed.
     """
     target = replace(target, architectures=(target.arch,))
-    cuda.pack_runtime(work.artefacts)
+    if target.kind == "cuda":
+        cuda.pack_runtime(work.artefacts)
     missing = {label(config): config for config in configs if work.failure(config, target.id) == NOT_BUILT}
     # spawned: a forked process inherits locks of the threads of TVM and torch
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

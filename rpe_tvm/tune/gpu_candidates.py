@@ -1,15 +1,16 @@
-"""Configs worth racing on an NVIDIA GPU for one dtype, length, number of features and head dimension."""
+"""Configs worth racing on a GPU for one dtype, length, number of features and head dimension."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rpe_tvm.plan import gpu, gpu_choice, gpu_direct
+from rpe_tvm.plan import gpu, gpu_choice, gpu_direct, rocm
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import Dtype, TensorCoreConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
+from rpe_tvm.plan.rocm_limits import is_rocm
 
 # Points of a row -> (radices, blocks on a multiprocessor) worth racing: each radix divides the first one; few stages,
 # or few registers.
@@ -42,6 +43,18 @@ TILES: tuple[tuple[int, int, int, int, int, int, bool], ...] = (
     (2, 8, 1, 64, 3, 1, False),
     (4, 4, 1, 64, 3, 0, False),
 )
+# On AMD GPUs: points of a row -> radices worth racing. Those of 16 points have half the threads.
+AMD_ROWS: dict[int, tuple[tuple[int, ...], ...]] = {
+    64: ((4, 4, 4), (8, 8)),
+    128: ((4, 2, 4, 4), (8, 2, 8)),
+    256: ((8, 4, 8), (4, 4, 4, 4), (16, 16)),
+    512: ((8, 8, 8), (16, 4, 8)),
+    1024: ((8, 4, 4, 8), (8, 2, 8, 8), (16, 8, 8)),
+    2048: ((8, 4, 8, 8), (16, 8, 16)),
+}
+AMD_FOLDS = {2048: (2, 4), 4096: (4, 8)}
+AMD_SHORTEST_COLUMNS = 4096
+
 # From here on the FFT in float32, with conversions, takes part in the race of 16-bit numbers.
 SHORTEST_CONVERTED = 16384
 
@@ -71,8 +84,8 @@ class Size:
         return f"{self.dtype}-m{self.num_features}-d{self.head_dim}-n{self.n}"
 
 
-def candidates(size: Size) -> list[GpuConfig]:
-    """Return the configs to race, that of the rule first, no one twice.
+def candidates(size: Size, target_id: str = gpu_choice.MEASURED) -> list[GpuConfig]:
+    """Return the configs to race on a target, that of the rule first, no one twice.
 
     Raises
     ------
@@ -80,8 +93,10 @@ def candidates(size: Size) -> list[GpuConfig]:
         If there is no kernel for these sizes.
     """
     dtype, n, num_features, head_dim = size.dtype, size.n, size.num_features, size.head_dim
-    found = [gpu_choice.rule(n, num_features, head_dim, dtype)]
-    if dtype == "float32":
+    found = [gpu_choice.rule(n, num_features, head_dim, dtype, target_id)]
+    if is_rocm(target_id):
+        found += _on_amd(n, num_features, head_dim)
+    elif dtype == "float32":
         found += _by_fft(n, num_features, head_dim)
     else:
         found += _on_tensor_cores(dtype, n, num_features, head_dim)  # type: ignore[arg-type]
@@ -118,6 +133,19 @@ def _by_fft(n: int, num_features: int, head_dim: int) -> Iterator[GpuAttentionCo
         for columns in COLUMNS:
             if SHORTEST_ROW <= length // columns <= gpu.LONGEST_ROW:
                 yield _fft(num_features, head_dim, length, gpu.ROW_RADICES[length // columns], 0, columns=columns)
+
+
+def _on_amd(n: int, num_features: int, head_dim: int) -> Iterator[GpuAttentionConfig]:
+    length = gpu.gpu_bucket(n)
+    for radices in AMD_ROWS.get(length, ()):
+        yield rocm.config(num_features, head_dim, length, radices)
+    for folds in AMD_FOLDS.get(length, ()):
+        for radices in AMD_ROWS[length // folds]:
+            yield rocm.config(num_features, head_dim, length, radices, folds)
+    if length >= AMD_SHORTEST_COLUMNS:
+        for columns in COLUMNS:
+            for radices in AMD_ROWS.get(length // columns, ()) if length // columns >= SHORTEST_ROW else ():
+                yield rocm.config(num_features, head_dim, length, radices, columns=columns)
 
 
 def _fft(

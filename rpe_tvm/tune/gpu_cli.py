@@ -1,30 +1,65 @@
-"""Command line of tuning for NVIDIA GPUs."""
+"""Command line of tuning for GPUs."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rpe_tvm import gpu_targets
-from rpe_tvm.errors import RpeTvmError
+from rpe_tvm import targets
+from rpe_tvm.errors import BuildError, RpeTvmError
+from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan import gpu_choice, wisdom
 from rpe_tvm.tune.gpu_candidates import Size
 from rpe_tvm.tune.gpu_session import Run, build, race
 from rpe_tvm.tune.gpu_work import Work
 from rpe_tvm.tune.options import numbers
 
-# What is tuned where nothing else is asked for.
-LENGTHS: dict[str, tuple[int, ...]] = {
-    "float32": (512, 1024, 2048, 4096, 8192, 16384, 65536),
-    "bfloat16": (1024, 2048, 4096, 16384, 32768, 65536),
-    "float16": (),
-}
+
+@dataclass(frozen=True)
+class Vendor:
+    """Whose GPUs a script tunes for.
+
+    Parameters
+    ----------
+    kind : str
+        TVM's kind of target.
+    lengths : dict
+        dtype that there are kernels for -> lengths to tune where nothing else is asked for; () stands for bfloat16's.
+    dtypes : tuple of str
+        dtypes to tune where nothing else is asked for.
+    target : str
+        Target where nothing else is asked for.
+    example : str
+        Another target, for the help.
+    """
+
+    kind: str
+    lengths: dict[str, tuple[int, ...]]
+    dtypes: tuple[str, ...]
+    target: str
+    example: str
 
 
-def parser() -> argparse.ArgumentParser:
+NVIDIA = Vendor(
+    "cuda",
+    {
+        "float32": (512, 1024, 2048, 4096, 8192, 16384, 65536),
+        "bfloat16": (1024, 2048, 4096, 16384, 32768, 65536),
+        "float16": (),
+    },
+    ("float32", "bfloat16"),
+    "cuda",
+    "sm_90",
+)
+AMD = Vendor("rocm", {"float32": (512, 1024, 2048, 4096, 8192, 16384, 32768)}, ("float32",), "gfx942", "gfx1100")
+
+
+def parser(vendor: Vendor = NVIDIA) -> argparse.ArgumentParser:
     """Return the parser of the script's options."""
     options = argparse.ArgumentParser(
         description="Measure which config of attention is fastest at which length and dtype on this machine's GPU, and "
@@ -33,57 +68,75 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--lengths", type=numbers, help="sequence lengths of all --dtypes (default: some for each)")
     options.add_argument(
         "--dtypes",
-        type=_dtypes,
-        default=("float32", "bfloat16"),
-        help="as float32,bfloat16,float16 (default: the first two)",
+        type=functools.partial(_dtypes, tuple(vendor.lengths)),
+        default=vendor.dtypes,
+        help=f"of {','.join(vendor.lengths)} (default: {','.join(vendor.dtypes)})",
     )
     options.add_argument("--features", type=numbers, default=(32,), help="numbers of features m (default 32)")
     options.add_argument("--head-dim", type=int, default=64, help="channels d of a head (default 64)")
     options.add_argument("--seconds", type=float, default=120.0, help="time of all races together (default 120)")
     options.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
-    options.add_argument("--target", default="cuda", help="cuda (this machine's GPU, the default), or as sm_90")
+    options.add_argument(
+        "--target",
+        type=functools.partial(_target, vendor),
+        default=vendor.target,
+        help=f"what to compile for: {vendor.target} (the default), or as {vendor.example}; cuda is this machine's GPU",
+    )
     options.add_argument("--resume", action="store_true", help="go on with the races in --work-dir")
     options.add_argument(
-        "--work-dir", type=Path, default=Path("tuning_work_cuda"), help="candidates and results (tuning_work_cuda)"
+        "--work-dir",
+        type=Path,
+        default=Path(f"tuning_work_{vendor.kind}"),
+        help="candidates and results (default: %(default)s)",
     )
     options.add_argument(
         "--logs", type=Path, default=wisdom.LOGS, help="tuning logs to add to (default: the package's)"
     )
     part = options.add_mutually_exclusive_group()
     part.add_argument("--build-only", action="store_true", help="compile the candidates; needs no GPU")
-    part.add_argument("--race-only", action="store_true", help="race what was built; needs neither TVM nor nvcc")
+    part.add_argument("--race-only", action="store_true", help="race what was built; needs neither TVM nor a compiler")
     return options
 
 
-def _dtypes(text: str) -> tuple[str, ...]:
+def _dtypes(known: tuple[str, ...], text: str) -> tuple[str, ...]:
     values = tuple(text.split(","))
-    if not set(values) <= set(LENGTHS):
-        raise argparse.ArgumentTypeError(f"expected dtypes of {', '.join(LENGTHS)}, got {text}")
+    if not set(values) <= set(known):
+        raise argparse.ArgumentTypeError(f"expected dtypes of {', '.join(known)}, got {text}")
     return values
 
 
-def sizes(options: argparse.Namespace) -> tuple[Size, ...]:
+def _target(vendor: Vendor, name: str) -> GpuTargetSpec:
+    try:
+        found = targets.preset(name)
+    except BuildError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not isinstance(found, GpuTargetSpec) or found.kind != vendor.kind:
+        raise argparse.ArgumentTypeError(f"expected {vendor.target}, or one as {vendor.example}, got {name}")
+    return found
+
+
+def sizes(options: argparse.Namespace, vendor: Vendor = NVIDIA) -> tuple[Size, ...]:
     """Return the races that the options ask for, of the lengths' buckets; a size without a kernel is a ValueError."""
     found = []
     for dtype in options.dtypes:
-        for n in options.lengths or LENGTHS[dtype] or LENGTHS["bfloat16"]:
+        for n in options.lengths or vendor.lengths[dtype] or vendor.lengths["bfloat16"]:
             for num_features in options.features:
-                gpu_choice.rule(n, num_features, options.head_dim, dtype)
+                gpu_choice.rule(n, num_features, options.head_dim, dtype, options.target.id)
                 found.append(Size(dtype, gpu_choice.bucket(n, dtype), num_features, options.head_dim))
     return tuple(dict.fromkeys(found))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, vendor: Vendor = NVIDIA) -> int:
     """Build, race, or both; returns 1 with one message where nothing valid came out, 130 where interrupted."""
-    line = parser()
+    line = parser(vendor)
     options = line.parse_args(argv)
     try:
-        wanted = sizes(options)
+        wanted = sizes(options, vendor)
     except ValueError as error:
         line.error(str(error))
     try:
         run = Run(
-            target=gpu_targets.preset(options.target),
+            target=options.target,
             sizes=wanted,
             seconds=options.seconds,
             workers=options.workers,

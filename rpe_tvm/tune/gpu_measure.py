@@ -21,6 +21,7 @@ from rpe_tvm.bench_cuda_reference import attention_rows
 from rpe_tvm.bench_problem import Float64, Inputs, Rows, make_inputs
 from rpe_tvm.errors import TuningError
 from rpe_tvm.runtime import GpuInstance, load_gpu
+from rpe_tvm.tune import gpu_amd
 from rpe_tvm.tune.gpu_candidates import Size
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _first_positions(inputs: Inputs, length: int) -> Inputs:
 
 
 def _prepare(artefact: Path, inputs: Inputs, checks: list[_Check], dtype: str) -> _Ready:
-    instance = load_gpu(artefact)
+    instance = gpu_amd.load(artefact) if gpu_amd.is_amd(artefact) else load_gpu(artefact)
     error = max(_error(instance, check) for check in checks)
     # written so that NaN fails
     if not error <= TOLERANCE[dtype]:

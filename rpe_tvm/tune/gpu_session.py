@@ -12,7 +12,7 @@ from rpe_tvm.errors import TuningError
 from rpe_tvm.files import write_json
 from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan.gpu_wisdom import GpuConfig, config_from_json
-from rpe_tvm.tune import gpu_measure, store
+from rpe_tvm.tune import gpu_amd, gpu_measure, store
 from rpe_tvm.tune.gpu_candidates import Size, candidates, label
 from rpe_tvm.tune.gpu_measure import HEADS, GpuLostError, Timing
 from rpe_tvm.tune.gpu_work import Work, read_origin
@@ -52,13 +52,14 @@ def build(run: Run) -> None:
     Raises
     ------
     BuildError
-        If nvcc or the C++ compiler is missing. A candidate that does not compile is left out, and its reason kept.
+        If nvcc and the C++ compiler, or ld.lld for AMD GPUs, are missing. A candidate that does not compile is left
+        out, and its reason kept.
     """
     # Not at the top: it imports what compiles, and the host of a race may have none of it.
     from rpe_tvm.tune.gpu_builder import build_candidates
 
     write_json(run.work.origin, store.origin())
-    configs = {label(config): config for size in run.sizes for config in candidates(size)}
+    configs = {label(config): config for size in run.sizes for config in candidates(size, run.target.id)}
 
     def progress(done: int, total: int, name: str, failure: str) -> None:
         print(f"{done}/{total} {name}{': ' if failure else ''}{failure[:200]}", flush=True)
@@ -102,7 +103,7 @@ def race(run: Run, *, resume: bool) -> None:
         try:
             entry = _race(run, size, seconds / (len(left) - number))
         except GpuLostError as error:
-            run.work.refuse(_named(size, error.label), target_id, error.reason)
+            run.work.refuse(_named(size, target_id, error.label), target_id, error.reason)
             raise
         except TuningError as error:
             failures.append(str(error))
@@ -120,11 +121,12 @@ def race(run: Run, *, resume: bool) -> None:
 
 def _where(run: Run) -> dict[str, Any]:
     """The manifest's account of this machine."""
-    obstacle = bench_cuda_machine.obstacle(with_plot=False)
+    is_amd = run.target.kind == "rocm"
+    obstacle = gpu_amd.obstacle() if is_amd else bench_cuda_machine.obstacle(with_plot=False)
     if obstacle is not None:
         raise TuningError(f"Cannot race here: {obstacle}.")
     machine = bench_cuda_machine.environment()
-    arch = "sm_" + machine["compute_capability"].replace(".", "")
+    arch = gpu_amd.architecture() if is_amd else "sm_" + machine["compute_capability"].replace(".", "")
     if arch != run.target.arch:
         raise TuningError(
             f"Invalid GPU for {run.target.id}: expected {run.target.arch}, got {machine['name']}, {arch}. Build and "
@@ -143,7 +145,7 @@ def _where(run: Run) -> dict[str, Any]:
 def _race(run: Run, size: Size, seconds: float) -> dict[str, Any]:
     """The row of the wisdom table of one size."""
     target_id = run.target.id
-    configs = candidates(size)
+    configs = candidates(size, target_id)
     by_name = {label(config): config for config in configs}
     refused = {name: run.work.failure(config, target_id) for name, config in by_name.items()}
     artefacts = {name: run.work.artefact(config, target_id) for name, config in by_name.items() if not refused[name]}
@@ -173,8 +175,8 @@ def _race(run: Run, size: Size, seconds: float) -> dict[str, Any]:
     }
 
 
-def _named(size: Size, name: str) -> GpuConfig:
-    return next(config for config in candidates(size) if label(config) == name)
+def _named(size: Size, target_id: str, name: str) -> GpuConfig:
+    return next(config for config in candidates(size, target_id) if label(config) == name)
 
 
 def _ms(timing: Timing) -> float:

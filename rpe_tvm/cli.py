@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import __version__, bench, bench_cuda, bench_toeplitz, bench_train
+from rpe_tvm import __version__, arm_targets, bench, bench_cuda, bench_toeplitz, bench_train
 from rpe_tvm.errors import BuildError, RpeTvmError
 
 
@@ -61,10 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     compiling.add_argument(
         "--target",
-        default="x86",
+        default="cpu",
         metavar="TARGET",
-        help="x86 for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, ...; cuda for this "
-        "machine's GPU (sm_90 if there is none), or sm_80, sm_90, ... (default: %(default)s)",
+        help="cpu (on x86 also x86) for this machine's CPU, or LLVM's name of one: haswell, skylake-avx512, znver4, "
+        f"..., {', '.join(arm_targets.PRESETS)}; cuda for this machine's GPU (sm_90 if there is none), or sm_80, "
+        "sm_90, ... (default: %(default)s)",
     )
     compiling.add_argument(
         "--dtype",

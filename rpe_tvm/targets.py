@@ -1,16 +1,19 @@
-"""Targets: which CPU a library is compiled for and what it needs there. GPUs are in `rpe_tvm.gpu_targets`."""
+"""Targets: which CPU a library is compiled for and what it needs there.
+
+ARM CPUs are in `rpe_tvm.arm_targets`, GPUs in `rpe_tvm.gpu_targets`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
-import platform
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rpe_tvm import gpu_targets
+from rpe_tvm import arm_targets, gpu_targets, llvm
 from rpe_tvm.errors import BuildError
 from rpe_tvm.gpu_targets import GpuTargetSpec
+from rpe_tvm.machine import ARM, X86, this_machine
+from rpe_tvm.target_spec import TargetSpec
 
 if TYPE_CHECKING:
     from tvm.target import Target
@@ -76,41 +79,20 @@ _LLVM_OPTIONS = ("-memdep-block-scan-limit:int=4000", "-earlycse-mssa-optimizati
 _AVX2_CPU = "haswell"
 
 
-@dataclass(frozen=True)
-class TargetSpec:
-    """A CPU to compile for.
-
-    Attributes
-    ----------
-    id
-        Name in artefacts and tuning logs, ``x86_64-<mcpu>``.
-    kind
-        TVM's target kind, ``llvm``.
-    mcpu
-        LLVM's name of the CPU.
-    lanes
-        float32 lanes of a vector register: 16 with AVX-512, 8 with AVX2.
-    features
-        Flags that /proc/cpuinfo of a machine must list for a compiled library to run there, sorted.
-    """
-
-    id: str
-    kind: str
-    mcpu: str
-    lanes: int
-    features: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """What a manifest says of it."""
-        return {"id": self.id, "kind": self.kind, "mcpu": self.mcpu, "cpu_features": list(self.features)}
-
+__all__ = ["AnyTarget", "TargetSpec", "detect", "preset", "to_tvm"]
 
 AnyTarget = TargetSpec | GpuTargetSpec
 
 
 def preset(name: str) -> AnyTarget:
-    """The target called `name`: ``x86`` for this machine's CPU, a CPU name of LLVM's (``haswell``, ``znver4``, ...),
-    ``cuda`` for this machine's GPU, or a GPU architecture (``sm_80``, ``sm_90``, ...).
+    """The target called `name`.
+
+    Parameters
+    ----------
+    name
+        ``cpu`` for this machine's CPU; ``x86`` for the same, which must be an x86 one then; an x86 CPU name of LLVM's
+        (``haswell``, ``znver4``, ...); an ARM CPU of `arm_targets.PRESETS`; ``cuda`` for this machine's GPU, or a GPU
+        architecture (``sm_80``, ``sm_90``, ...).
 
     Raises
     ------
@@ -119,15 +101,23 @@ def preset(name: str) -> AnyTarget:
     """
     if gpu_targets.is_gpu(name):
         return gpu_targets.preset(name)
-    if name == "x86":
-        return detect()
-    known = [str(cpu) for cpu in _llvm("target.llvm_get_cpu_archlist", _target(_AVX2_CPU))]
+    if arm_targets.is_arm(name):
+        return arm_targets.preset(name)
+    if name in ("cpu", "x86"):
+        here = detect()
+        if name == "x86" and here.machine != X86:
+            raise BuildError(
+                f"Target 'x86' means this machine's CPU, which is {here.machine}: expected 'cpu' or an x86 CPU's name."
+            )
+        return here
+    known = llvm.cpu_names(_target(_AVX2_CPU))
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
+        close = difflib.get_close_matches(name, [*known, *arm_targets.PRESETS], n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise BuildError(
             f"Unknown target {name!r}: expected 'x86' (this machine's CPU), an x86 CPU name of LLVM's, such as "
-            f"haswell, skylake-avx512 or znver4, 'cuda' (this machine's GPU), or sm_80, sm_90, ....{hint}"
+            f"haswell, skylake-avx512 or znver4, an ARM CPU ({', '.join(arm_targets.PRESETS)}), 'cuda' (this machine's "
+            f"GPU), or sm_80, sm_90, ....{hint}"
         )
     return _spec(name, _needed_flags(name))
 
@@ -142,15 +132,17 @@ def detect() -> TargetSpec:
     Raises
     ------
     BuildError
-        If this machine is no x86-64 machine with AVX2 and FMA.
+        If this machine is neither an x86-64 machine with AVX2 and FMA nor an ARM machine with NEON.
     """
     # Not at the top: rpe_tvm.runtime imports tvm_ffi, and looking at a TargetSpec needs neither.
     from rpe_tvm.runtime.cpu import cpu_flags
 
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        raise BuildError(f"Unsupported machine {platform.machine()!r}: this rpe_tvm compiles for x86-64 CPUs only.")
-    have = cpu_flags()
-    mcpu = str(_llvm("tvm.codegen.llvm.GetHostCPUName"))
+    here, have = this_machine(), cpu_flags()
+    if here in ARM:
+        return arm_targets.detect(here, have)
+    if here != X86:
+        raise BuildError(f"Unsupported machine {here!r}: this rpe_tvm compiles on x86-64, aarch64 and armv7.")
+    mcpu = llvm.host_cpu()
     needed = _needed_flags(mcpu)
     if _lanes(needed) != _lanes(needed & have):
         mcpu = _AVX2_CPU
@@ -162,10 +154,12 @@ def to_tvm(spec: AnyTarget) -> Target:
     """The TVM target of `spec`. Imports tvm."""
     if isinstance(spec, GpuTargetSpec):
         return gpu_targets.to_tvm(spec)
+    if spec.machine in ARM:
+        return arm_targets.to_tvm(spec)
     allowed = set(spec.features)
     forbidden = sorted(
         feature
-        for feature in _llvm_features(spec.mcpu)
+        for feature in llvm.cpu_features(_target(spec.mcpu))
         if feature in _UNCHECKABLE or (feature in CPUINFO_FLAGS and CPUINFO_FLAGS[feature] not in allowed)
     )
     return _target(spec.mcpu, tuple(f"-{feature}" for feature in forbidden))
@@ -185,11 +179,7 @@ def _lanes(flags: frozenset[str]) -> int:
 
 
 def _needed_flags(mcpu: str) -> frozenset[str]:
-    return frozenset(CPUINFO_FLAGS[f] for f in _llvm_features(mcpu) if f in CPUINFO_FLAGS)
-
-
-def _llvm_features(mcpu: str) -> frozenset[str]:
-    return frozenset(str(feature) for feature in _llvm("target.llvm_get_cpu_features", _target(mcpu)))
+    return frozenset(CPUINFO_FLAGS[f] for f in llvm.cpu_features(_target(mcpu)) if f in CPUINFO_FLAGS)
 
 
 def _target(mcpu: str, mattr: tuple[str, ...] = ()) -> Target:
@@ -199,11 +189,3 @@ def _target(mcpu: str, mattr: tuple[str, ...] = ()) -> Target:
     if mattr:
         config["mattr"] = list(mattr)
     return Target(config)
-
-
-def _llvm(function: str, *arguments: object) -> Any:
-    import tvm  # registers the functions
-    import tvm_ffi
-
-    assert tvm is not None
-    return tvm_ffi.get_global_func(function)(*arguments)

@@ -268,8 +268,14 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
     vectorize(sch, sch.decompose_reduction(sums, block), unrolled=0)
 
 
-def features(sch: Schedule, config: AttentionConfig) -> None:
-    """Schedule `te.features`: parallel over about 64 positions, whose features are transposed in L1."""
+def features(sch: Schedule, config: AttentionConfig, accumulators: int) -> None:
+    """Schedule `te.features`: parallel over about 64 positions, whose features are transposed in L1.
+
+    Parameters
+    ----------
+    accumulators : int
+        Vector registers in which logits are summed.
+    """
     phi = sch.get_sblock("phi")
     b, h, feature, row, column = sch.get_loops(phi)
     tile = (1, BLOCK)
@@ -289,7 +295,7 @@ def features(sch: Schedule, config: AttentionConfig) -> None:
     vectors = -(-config.num_features // config.lanes)
     vectors_inner = largest_divisor(vectors, 8)
     i, vector, _ = sch.get_loops(activated)[-3:]
-    i_outer, i_inner = sch.split(i, [None, largest_divisor(tile[1], min(8, 16 // vectors_inner))])  # 16 accumulators
+    i_outer, i_inner = sch.split(i, [None, largest_divisor(tile[1], min(8, accumulators // vectors_inner))])
     vector_outer, vector_inner = sch.split(vector, [None, vectors_inner])
     sch.reorder(i_outer, vector_outer, i_inner, vector_inner)
     vectorize(sch, activated, unrolled=0)

@@ -18,14 +18,18 @@ BELOW = {
     "": set(),  # rpe_tvm/__init__.py
     "errors": set(),
     "files": {"errors"},
+    "machine": set(),
     "reference": {"errors"},
     "plan": {"errors"},
-    "runtime": {"errors", "plan"},
+    "runtime": {"errors", "machine", "plan"},
+    "llvm": set(),
+    "target_spec": {"machine"},
     "gpu_targets": {"errors"},
-    "targets": {"errors", "gpu_targets"},
+    "arm_targets": {"errors", "llvm", "machine", "target_spec"},
+    "targets": {"errors", "llvm", "machine", "target_spec", "arm_targets", "gpu_targets"},
     "te": {"errors", "plan"},
     "schedules": {"errors", "plan", "te"},
-    "build": {"errors", "files", "plan", "te", "schedules", "gpu_targets", "targets", "runtime"},
+    "build": {"errors", "files", "machine", "plan", "te", "schedules", "gpu_targets", "targets", "runtime"},
     "tune": {
         *("errors", "files", "plan", "te", "schedules", "gpu_targets", "targets", "build", "runtime", "reference"),
         *("bench_problem", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
@@ -54,7 +58,7 @@ BELOW = {
         *("errors", "bench_turns", "bench_machine", "bench_output"),
         *("bench_train_steps", "bench_train_reference", "bench_train_memory"),
     },
-    "cli": {"errors", "bench", "bench_cuda", "bench_toeplitz", "bench_train"},
+    "cli": {"errors", "arm_targets", "bench", "bench_cuda", "bench_toeplitz", "bench_train"},
     "__main__": {"cli"},
 }
 # Layer -> what a function may import besides, when it runs: compiling on demand, and the commands of the
@@ -78,8 +82,8 @@ BENCHMARKS = {
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {
-    "tvm": ({"te", "schedules", "build", "tune"}, {"gpu_targets", "targets"}),
-    "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"targets"}),
+    "tvm": ({"te", "schedules", "build", "tune"}, {"arm_targets", "gpu_targets", "llvm", "targets"}),
+    "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"llvm"}),
     "torch": ({"torch", "peers"}, {"tune", *BENCHMARKS}),
     "matplotlib": (set(), {"bench_output"}),
     "xgboost": (set(), {"tune"}),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rpe_tvm import targets
+from rpe_tvm import llvm, targets
 from rpe_tvm.errors import BuildError, GpuNotFoundError
-from rpe_tvm.runtime import cpu, gpu
+from rpe_tvm.runtime import cpu, gpu, hwcap
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def test_presets() -> None:
     assert {"avx512_bf16", "avx512_vnni"} <= set(targets.preset("znver4").features)
 
 
-@pytest.mark.parametrize("name", ["haswel", "", "x86_64", "cortex-a76"])
+@pytest.mark.parametrize("name", ["haswel", "", "x86_64", "cortex-a77"])
 def test_unknown_preset(name: str) -> None:
     with pytest.raises(BuildError, match=f"Unknown target {name!r}: expected 'x86'.*haswell"):
         targets.preset(name)
@@ -73,9 +75,64 @@ def test_hidden_avx2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with pytest.raises(BuildError, match="Unsupported machine 'aarch64'"):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(BuildError, match="Unsupported machine 'riscv64'"):
         targets.detect()
+
+
+def test_arm_presets() -> None:
+    board = targets.preset("cortex-a72")
+    assert (board.id, board.kind, board.lanes) == ("aarch64-cortex-a72", "llvm", 4)
+    assert board.machine == "aarch64" and board.to_json()["machine"] == "aarch64"
+    assert set(board.features) == {"fp", "asimd"}  # no crc32 and aes, which no kernel uses
+    assert targets.preset("aarch64").id == "aarch64-generic"
+    assert {"asimdhp", "asimddp", "atomics"} <= set(targets.preset("cortex-a76").features)
+    assert targets.preset("armv7") == targets.preset("cortex-a7")
+    assert targets.preset("armv7").id == "armv7-cortex-a7" and {"neon", "vfpv4"} < set(targets.preset("armv7").features)
+    assert "machine" not in targets.preset("haswell").to_json()
+
+
+def test_arm_targets_of_tvm() -> None:
+    board, old = (targets.to_tvm(targets.preset(name)) for name in ("neoverse-v1", "armv7"))
+    assert board.attrs["mtriple"] == "aarch64-linux-gnu" and "-sve" in list(board.attrs["mattr"])
+    assert old.attrs["mfloat-abi"] == "hard" and old.attrs["mtriple"].endswith("gnueabihf")
+
+
+def test_detection_on_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    flags = targets.preset("cortex-a76").features
+    _pretend(monkeypatch, "cortex-a76", flags, {"asimdhp"})
+    spec = targets.detect()
+    assert targets.preset("cpu") == spec and spec.id == "aarch64-cortex-a76"
+    assert list(targets.to_tvm(spec).attrs["mattr"]) == ["+neon", "-fullfp16"]
+    with pytest.raises(BuildError, match="'x86' means this machine's CPU, which is aarch64"):
+        targets.preset("x86")
+    targets.detect.cache_clear()
+    _pretend(monkeypatch, "generic", ("fp", "asimd", "sve"), set())
+    assert targets.detect() == targets.preset("aarch64")
+    targets.detect.cache_clear()
+    _pretend(monkeypatch, "generic", ("fp",), set())
+    with pytest.raises(BuildError, match="needs asimd and fp on aarch64, this one has fp"):
+        targets.detect()
+
+
+def test_flags_of_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(cpu, "CPUINFO", cpuinfo)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd crc32\n\nprocessor\t: 1\nFeatures\t: fp asimd\n")
+    assert cpu.cpu_flags.__wrapped__() == {"fp", "asimd"}
+    cpuinfo.write_text("flags : avx2\n")  # emulated: the file is that of the machine below
+    monkeypatch.setattr(hwcap.ctypes, "CDLL", lambda name: SimpleNamespace(getauxval=_Auxval({16: 0b11, 26: 0b10})))
+    assert cpu.cpu_flags.__wrapped__() == {"fp", "asimd", "sve2"}
+
+
+class _Auxval:
+    def __init__(self, values: dict[int, int]) -> None:
+        self.values = values
+
+    def __call__(self, kind: int) -> int:
+        return self.values[kind]
 
 
 def test_tvm_target() -> None:
@@ -130,10 +187,5 @@ def test_import_is_light(run_python: Callable[..., subprocess.CompletedProcess[s
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, mcpu: str, flags: tuple[str, ...], hidden: set[str]) -> None:
-    inner = targets._llvm
     monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags) - hidden)
-    monkeypatch.setattr(
-        targets,
-        "_llvm",
-        lambda name, *arguments: mcpu if name.endswith("GetHostCPUName") else inner(name, *arguments),
-    )
+    monkeypatch.setattr(llvm, "host_cpu", lambda: mcpu)

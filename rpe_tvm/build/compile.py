@@ -134,7 +134,7 @@ def compile_module(
         if isinstance(target, GpuTargetSpec):
             device = cuda.build(mod, target, tvm_target, name, library)
         else:
-            _build_for_cpu(mod, tvm_target, name, library)
+            _build_for_cpu(mod, target, tvm_target, name, library)
         manifest.write(directory, expected(directory, device))
 
     return cache.entry(Path("artefacts") / name / target.id / key, is_whole, build)
@@ -173,21 +173,22 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
         )
     if isinstance(target, GpuTargetSpec):
         raise BuildError(
-            f"The config {config.name} is for CPUs, and the target {target.id} is none: expected x86_64-*."
+            f"The config {config.name} is for CPUs, and the target {target.id} is none: expected x86_64-*, aarch64-* "
+            "or armv7-*."
         )
     if isinstance(config, ToeplitzConfig):
-        return lower_toeplitz.lower(config)
+        return lower_toeplitz.lower(config, target)
     if isinstance(config, BackwardConfig):
         return lower_backward.lower(config, target)
     return lower.lower(config, target)
 
 
-def _build_for_cpu(mod: tvm.IRModule, target: tvm.target.Target, name: str, library: Path) -> None:
-    link.find_compiler()  # before the compilation, which takes longer than to notice that there is none
+def _build_for_cpu(mod: tvm.IRModule, spec: TargetSpec, target: tvm.target.Target, name: str, library: Path) -> None:
+    link.find_compiler(spec.machine)  # before the compilation, which takes longer than to notice that there is none
     with tempfile.TemporaryDirectory() as scratch:
         code = Path(scratch) / "code.o"
         _compile(mod, target, name).write_to_file(str(code))
-        link.link(code, library)
+        link.link(code, library, spec.machine)
 
 
 def _function_names(mod: tvm.IRModule) -> list[str]:

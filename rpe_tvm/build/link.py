@@ -1,5 +1,5 @@
 """Links compiled code with our backend hooks (addon.cc), or with device code, into a shared library, with the
-machine's C++ compiler."""
+machine's C++ compiler or a cross compiler."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rpe_tvm.build import cache
 from rpe_tvm.errors import BuildError, CompilerNotFoundError
+from rpe_tvm.machine import this_machine
 
 ADDON = Path(__file__).with_name("addon.cc")
 ADDON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp")
@@ -43,8 +44,22 @@ __tvm_ffi__library_bin:
 """
 
 
-def find_compiler() -> list[str]:
-    """The command of the C++ compiler: the variable CXX if set, else g++, c++ or clang++ on PATH.
+# Machine -> Debian's cross compiler for it, and the package that brings it.
+CROSS_COMPILERS = {
+    "x86_64": ("x86_64-linux-gnu-g++", "g++-x86-64-linux-gnu"),
+    "aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu"),
+    "armv7": ("arm-linux-gnueabihf-g++", "g++-arm-linux-gnueabihf"),
+}
+
+
+def find_compiler(machine: str = "") -> list[str]:
+    """The command of the C++ compiler.
+
+    Parameters
+    ----------
+    machine
+        For which machine, as of `TargetSpec.machine`. This machine, or nothing: what the variable CXX names, else g++,
+        c++ or clang++ on PATH. Another one: what CXX names if that compiles for it, else Debian's cross compiler.
 
     Raises
     ------
@@ -52,11 +67,13 @@ def find_compiler() -> list[str]:
         If there is none.
     """
     named = shlex.split(os.environ.get("CXX", ""))
+    if named and shutil.which(named[0]) is None:
+        raise CompilerNotFoundError(
+            f"No C++ compiler: the variable CXX names {named[0]!r}, which is not on PATH. Correct it."
+        )
+    if machine and machine != this_machine():
+        return named if named and _compiles_for(named, machine) else [_cross_compiler(machine)]
     if named:
-        if shutil.which(named[0]) is None:
-            raise CompilerNotFoundError(
-                f"No C++ compiler: the variable CXX names {named[0]!r}, which is not on PATH. Correct it."
-            )
         return named
     for name in ("g++", "c++", "clang++"):
         found = shutil.which(name)
@@ -69,6 +86,25 @@ def find_compiler() -> list[str]:
     )
 
 
+def _compiles_for(compiler: list[str], machine: str) -> bool:
+    """Whether a compiler's own name of its machine, such as aarch64-linux-gnu, is that of `machine`."""
+    done = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=False)
+    prefix = "arm" if machine == "armv7" else machine
+    return done.returncode == 0 and done.stdout.startswith(prefix)
+
+
+def _cross_compiler(machine: str) -> str:
+    name, package = CROSS_COMPILERS[machine]
+    found = shutil.which(name)
+    if found is None:
+        raise CompilerNotFoundError(
+            f"No C++ compiler for {machine}: expected {name} on PATH, or a compiler for it in the variable CXX, such "
+            f"as CXX='clang++ --target={name.removesuffix('-g++')}'. Install one (Debian and Ubuntu: apt install "
+            f"{package})."
+        )
+    return found
+
+
 def fingerprint() -> dict[str, object]:
     """What linking contributes to a library, for its cache key: the source of the hooks and all flags."""
     return {
@@ -77,14 +113,14 @@ def fingerprint() -> dict[str, object]:
     }
 
 
-def link(code: Path, library: Path) -> None:
-    """Link the object file `code`, which TVM wrote, and the hooks into the shared library `library`."""
+def link(code: Path, library: Path, machine: str = "") -> None:
+    """Link the object file `code`, which TVM wrote for `machine`, and the hooks into the shared library `library`."""
     unknown = set(re.findall(rb"__TVM\w+", code.read_bytes())) - _HOOKS
     if unknown:
         names = ", ".join(sorted(name.decode() for name in unknown))
         raise BuildError(f"Compiled code calls {names} of libtvm_runtime, which {ADDON.name} does not replace.")
-    compiler = find_compiler()
-    _call([*compiler, *LINK_FLAGS, "-o", str(library), str(code), str(_addon_object(compiler))])
+    compiler = find_compiler(machine)
+    _call([*compiler, *LINK_FLAGS, "-o", str(library), str(code), str(_addon_object(compiler, machine))])
 
 
 def link_with_device(objects: Sequence[Path], data: Path, library: Path) -> None:
@@ -101,9 +137,9 @@ def link_with_device(objects: Sequence[Path], data: Path, library: Path) -> None
     _call([*find_compiler(), *DEVICE_LINK_FLAGS, "-o", str(library), *map(str, objects), str(assembly)])
 
 
-def _addon_object(compiler: list[str]) -> Path:
-    """The compiled hooks; compiled once per cache and compiler."""
-    key = cache.key_of({"compiler": compiler, **fingerprint()})
+def _addon_object(compiler: list[str], machine: str) -> Path:
+    """The compiled hooks; compiled once per cache, compiler and machine."""
+    key = cache.key_of({"compiler": compiler, "machine": machine or this_machine(), **fingerprint()})
 
     def is_whole(directory: Path) -> bool:
         recorded = (directory / "sha256").read_text(encoding="ascii")

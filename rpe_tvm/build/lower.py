@@ -14,7 +14,8 @@ from rpe_tvm.build import records
 from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.build.workloads import STRIDED, function_of, tuning_workload
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules import x86
+from rpe_tvm.schedules.cpu_schedules import CpuSchedules
+from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.targets import TargetSpec
 from rpe_tvm.te import shapes
 from rpe_tvm.te.features import FEATURE_MAPS, features
@@ -29,18 +30,17 @@ class Lowered:
     schedule: Mapping[str, Any]
 
 
-def preparing_functions(config: AttentionConfig) -> dict[str, tvm.tirx.PrimFunc]:
+def preparing_functions(config: AttentionConfig, schedules: CpuSchedules) -> dict[str, tvm.tirx.PrimFunc]:
     """Return the functions `features_prf`, `features_nprf` and `weights` in the layout of a config, scheduled."""
     functions: dict[str, tvm.tirx.PrimFunc] = {}
     for feature_map in FEATURE_MAPS:
         arguments = te.create_prim_func(features(config, shapes.symbolic(), feature_map))
         sch = Schedule(relax_parameters(arguments, STRIDED))
-        x86.features(sch, config)
+        schedules.features(sch, config)
         functions[f"features_{feature_map}"] = named(sch, f"features_{feature_map}")
-    is_direct = config.algorithm == "direct"
-    weights = (direct_weights if is_direct else fft_weights)(config, shapes.symbolic())
+    weights = (direct_weights if config.algorithm == "direct" else fft_weights)(config, shapes.symbolic())
     sch = Schedule(relax_parameters(te.create_prim_func(weights), frozenset()))
-    (x86.direct_weights if is_direct else x86.fft_weights)(sch, config)
+    schedules.weights(sch, config)
     functions["weights"] = named(sch, "weights")
     return functions
 
@@ -63,7 +63,7 @@ def lower(config: AttentionConfig, target: TargetSpec) -> Lowered:
     target : TargetSpec
         For which CPU.
     """
-    functions = preparing_functions(config)
+    functions = preparing_functions(config, schedules_of(target.machine))
     functions["attention"], schedule = tuned_function(config, target)
     return Lowered(tvm.IRModule(functions), schedule)
 
@@ -73,7 +73,7 @@ def tuned_function(config: AttentionConfig, target: TargetSpec) -> tuple[tvm.tir
     sch = Schedule(function_of(config, shapes.symbolic()))
     record = records.find(config, target.id, tuning_workload)
     if record is None:
-        x86.default(sch, config)
+        schedules_of(target.machine).default(sch, config)
         return named(sch, config.op), {"source": "default"}
     record.replay(sch)
     return named(sch, config.op), {"source": "tuned", **record.provenance}

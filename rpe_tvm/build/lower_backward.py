@@ -10,7 +10,8 @@ from rpe_tvm.build.lower import Lowered, named, preparing_functions, tuned_funct
 from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.build.workloads import STRIDED
 from rpe_tvm.plan.backward import BackwardConfig
-from rpe_tvm.schedules import x86
+from rpe_tvm.schedules.cpu_schedules import CpuSchedules
+from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.targets import TargetSpec
 from rpe_tvm.te import shapes
 from rpe_tvm.te.denominator import direct_denominator
@@ -19,10 +20,10 @@ from rpe_tvm.te.features import FEATURE_MAPS
 from rpe_tvm.te.features_backward import features_backward
 
 # What is compiled beside `backward`: name in the library, tensor expressions, schedule.
-_DIRECT = (("denominator", direct_denominator, x86.direct_denominator),)
+_DIRECT = (("denominator", direct_denominator, CpuSchedules.direct_denominator),)
 _FFT = (
-    ("row_weights", fft_row_weights, x86.fft_row_weights),
-    ("denominator_backward", fft_denominator_backward, x86.fft_denominator_backward),
+    ("row_weights", fft_row_weights, CpuSchedules.fft_row_weights),
+    ("denominator_backward", fft_denominator_backward, CpuSchedules.fft_denominator_backward),
 )
 
 
@@ -33,14 +34,15 @@ def lower(config: BackwardConfig, target: TargetSpec) -> Lowered:
 
     Features and weights are computed again, in the layout of this config: that of the forward pass may be another.
     """
-    functions = preparing_functions(config)
+    schedules = schedules_of(target.machine)
+    functions = preparing_functions(config, schedules)
     for feature_map in FEATURE_MAPS:
         sch = _unscheduled(features_backward(config, shapes.symbolic(), feature_map))
-        x86.features_backward(sch, config, feature_map)
+        schedules.features_backward(sch, config, feature_map)
         functions[f"features_{feature_map}_backward"] = named(sch, f"features_{feature_map}_backward")
     for name, expressions, apply in _DIRECT if config.algorithm == "direct" else _FFT:
         sch = _unscheduled(expressions(config, shapes.symbolic()))
-        apply(sch, config)
+        apply(schedules, sch, config)
         functions[name] = named(sch, name)
     functions["backward"], schedule = tuned_function(config, target)
     return Lowered(tvm.IRModule(functions), schedule)

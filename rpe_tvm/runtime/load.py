@@ -14,6 +14,7 @@ import tvm_ffi
 
 from rpe_tvm import __version__
 from rpe_tvm.errors import ArtefactError, GpuNotFoundError
+from rpe_tvm.machine import X86, this_machine
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.gpu_wisdom import config_from_json
@@ -229,6 +230,9 @@ def _check(directory: Path, wanted: _Wanted) -> _Candidate | None:
 
 def _fit_of_cpu(target: dict[str, Any]) -> int:
     """How many of this CPU's features a library uses; raises `_Unfit` if it needs others."""
+    machine, here = str(target.get("machine", X86)), this_machine()
+    if machine != here:
+        raise _Unfit(f"compiled for {target['id']}, an {machine} CPU, and this machine is {here}")
     needed, have = frozenset(map(str, target["cpu_features"])), cpu_flags()
     if not needed <= have:
         lacking = ", ".join(sorted(needed - have)) if have else "flags in /proc/cpuinfo, which cannot be read"

@@ -60,7 +60,7 @@ class _Kind(Generic[T]):
     load: Callable[[Path, int], T]
     choose: Callable[[Any, int], Any]
     wrap: Callable[[Any, Functions], T] | None
-    target: str = "x86"
+    target: str = "cpu"
 
 
 def use_artefacts(directory: str | os.PathLike[str] | None) -> None:
@@ -250,7 +250,7 @@ def _compiled(kind: _Kind[T], bucket: int) -> T:
         ) from error
     from rpe_tvm.build import shortcut
 
-    key = shortcut.key_of_call(kind.name if kind.target == "x86" else f"{kind.name} {kind.target}", bucket)
+    key = shortcut.key_of_call(kind.name if kind.target == "cpu" else f"{kind.name} {kind.target}", bucket)
     known = shortcut.look_up(key)
     if known is not None:
         with contextlib.suppress(ArtefactError):  # damaged: the cache builds it again
@@ -275,7 +275,7 @@ def _from_cache(kind: _Kind[T], path: Path, bucket: int) -> T:
     operator = kind.load(path, bucket)
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     # on GPUs the config is tuned, not its schedule
-    if manifest["schedule"]["source"] == "default" and kind.target == "x86":
+    if manifest["schedule"]["source"] == "default" and kind.target == "cpu":
         _warn_once(
             "not tuned",
             f"No tuned record for {manifest['target']['id']} and {kind.name}: running on the default schedule, which "

@@ -20,7 +20,7 @@ from tvm.s_tir import meta_schedule as ms
 from rpe_tvm.build.workloads import tuning_workload
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules import x86
+from rpe_tvm.schedules.cpu_schedules import CpuSchedules
 from rpe_tvm.tune.builder import local_builder
 from rpe_tvm.tune.runner import CheckingRunner, Settings
 
@@ -121,6 +121,7 @@ def search(
     target: tvm.target.Target,
     directory: Path,
     *,
+    schedules: CpuSchedules,
     trials: int,
     seconds: float,
     settings: Settings,
@@ -136,6 +137,8 @@ def search(
         TVM's target, with `num-cores`.
     directory : Path
         Place of the database; trials that it already holds count.
+    schedules : CpuSchedules
+        Whose design space is searched.
     trials, seconds : int, float
         Budget: the search ends with whichever is spent first.
     settings : Settings
@@ -166,7 +169,7 @@ def search(
         population_size=2 * BATCH, init_min_unmeasured=BATCH, genetic_num_iters=2, genetic_max_fail_count=2
     )
     space = ms.space_generator.ScheduleFn(
-        lambda sch: x86.space(sch, config),
+        lambda sch: schedules.space(sch, config),
         sch_rules=[],
         postprocs=[],
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},

@@ -18,7 +18,7 @@ from rpe_tvm.errors import TuningError
 from rpe_tvm.files import write_json
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules import x86
+from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.targets import TargetSpec, to_tvm
 from rpe_tvm.tune import inputs, store
 from rpe_tvm.tune.builder import build_schedules
@@ -123,9 +123,9 @@ def _save_inputs(config: AttentionConfig, place: Path) -> Path:
     return path
 
 
-def _default(config: AttentionConfig) -> Schedule:
+def _default(run: Run, config: AttentionConfig) -> Schedule:
     sch = Schedule(tuning_workload(config))
-    x86.default(sch, config)
+    schedules_of(run.target.machine).default(sch, config)
     return sch
 
 
@@ -163,6 +163,7 @@ def _tune_pair(run: Run, length: int, num_features: int, place: Path, bar: Any) 
         best,
         tvm_target(run),
         place / "database",
+        schedules=schedules_of(run.target.machine),
         trials=run.trials,
         seconds=run.seconds,
         settings=settings,
@@ -170,7 +171,7 @@ def _tune_pair(run: Run, length: int, num_features: int, place: Path, bar: Any) 
     )
     bar.set_postfix_str(f"{best.description}: finalists")
     ruled = rule(run.op, run.target, length, num_features, run.head_dim)
-    entrants = [(ruled, _default(ruled)), (best, _default(best)), *_finalists(best, found)]
+    entrants = [(ruled, _default(run, ruled)), (best, _default(run, best)), *_finalists(best, found)]
     times = _race(run, entrants, place)
     rule_ms, default_ms = (1e3 * timing.best for _, _, timing in times[:2])
     # over all of them: where the screening was misled by noise, the rule's config can still win
@@ -205,7 +206,7 @@ def _screen(
     if known is None:
         configs = candidates(run.op, run.target, length, num_features, run.head_dim)
         bar.set_postfix_str(f"{len(configs)} candidates on the default schedule")
-        times = _race(run, [(config, _default(config)) for config in configs], place)
+        times = _race(run, [(config, _default(run, config)) for config in configs], place)
         known = [[config.to_json(), 1e3 * timing.best] for config, _, timing in times]
         write_json(place / "screen.json", known)
     screened = [(TUNED[run.op].from_json(fields), float(ms)) for fields, ms in known]

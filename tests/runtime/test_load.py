@@ -102,6 +102,10 @@ def _alter_library(artefact: Path) -> None:
             lambda a: _edit(a, lambda m: m["target"].update(id="x86_64-future", cpu_features=["avx9", "avx"])),
             "compiled for x86_64-future, and this CPU lacks avx9",
         ),
+        (
+            lambda a: _edit(a, lambda m: m["target"].update(id="aarch64-cortex-a72", machine="aarch64")),
+            "compiled for aarch64-cortex-a72, an aarch64 CPU, and this machine is x86_64",
+        ),
     ],
 )
 def test_refused(directory: Path, damage: Callable[[Path], Any], reason: str) -> None:

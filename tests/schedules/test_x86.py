@@ -11,7 +11,7 @@ from rpe_tvm.build.workloads import tuning_workload
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules import x86
+from rpe_tvm.schedules import of_machine, x86
 
 pytestmark = pytest.mark.compile
 
@@ -52,9 +52,9 @@ def test_fft(target, m, d, outer, inner):
 
 def test_long_sequences_have_all_threads_work_on_one_product(monkeypatch):
     long = AttentionConfig(16, 64, 65536, "fft", (8, 8, 4), (8, 8, 4), lanes=8)
-    choices = x86.default_choices(long)
-    assert choices.cooperative and not x86.default_choices(replace(long, length=32768, inner=(8, 8, 2))).cooperative
-    monkeypatch.setattr(x86, "default_choices", lambda config: choices)
+    shorter = replace(long, length=32768, inner=(8, 8, 2))
+    assert [x86.SCHEDULES.default_choices(config).cooperative for config in (long, shorter)] == [True, False]
+    monkeypatch.setitem(of_machine._SCHEDULES, "x86_64", replace(x86.SCHEDULES, task_floats=0))
     check(AttentionConfig(16, 64, 64, "fft", (8,), (8,), lanes=8), HERE, 60, 64)
 
 
@@ -73,7 +73,7 @@ def test_sixteen_lanes_and_a_one_stage_split():
 )
 def test_design_spaces_have_decisions_and_replay(config):
     workload = tuning_workload(config)
-    spaces = x86.space(Schedule(workload), config)
+    spaces = x86.SCHEDULES.space(Schedule(workload), config)
     assert len(spaces) > 1
     for space in spaces:
         decisions = space.trace.decisions

@@ -19,7 +19,7 @@ CONFIG = BackwardConfig(3, 24, 128, "fft", (4, 4), (2, 4), lanes=8)  # the last 
 
 def scheduled(choices):
     sch = Schedule(tuning_workload(CONFIG))
-    x86.schedule(sch, CONFIG, choices)
+    x86.SCHEDULES.schedule(sch, CONFIG, choices)
     return sch
 
 

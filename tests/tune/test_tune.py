@@ -19,6 +19,7 @@ from rpe_tvm.errors import TuningError
 from rpe_tvm.files import write_json
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.tune import inputs, measure, search, session, store, verify
 from rpe_tvm.tune.builder import build_schedules
 from rpe_tvm.tune.cli import main
@@ -135,6 +136,7 @@ def test_nothing_valid_is_an_error_that_shows_the_first_one(tmp_path, monkeypatc
             config,
             session.tvm_target(_run(tmp_path)),
             tmp_path / "database",
+            schedules=schedules_of(TARGET.machine),
             trials=2,
             seconds=0.0,  # spent after the first batch
             settings=Settings(file, 1, seconds=0.05),
@@ -152,6 +154,7 @@ def test_an_interrupt_ends_the_search_and_keeps_its_trials(tmp_path):
             config,
             session.tvm_target(_run(tmp_path)),
             tmp_path / "database",
+            schedules=schedules_of(TARGET.machine),
             trials=100,
             seconds=300.0,
             settings=Settings(file, 1, seconds=0.05),

@@ -87,11 +87,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TARGET,TARGET,...",
         help="CPUs to compile for, as of compile; a device takes the variant that uses most of its CPU",
     )
+    packaging.add_argument(
+        "--threads",
+        choices=["openmp", "none"],
+        default="openmp",
+        help="none: one thread, for devices that have no libgomp (default: %(default)s)",
+    )
     packaging.add_argument("--out", type=Path, required=True, metavar="FILE", help="the archive, such as bundle.tar.gz")
     packaging.set_defaults(run=_package, error=packaging.error)
 
     verifying = commands.add_parser("verify", help="check a bundle: hashes, what runs on this machine, numbers")
-    verifying.add_argument("bundle", type=Path, metavar="BUNDLE", help="the archive, or the directory it was unpacked to")
+    verifying.add_argument("bundle", type=Path, metavar="BUNDLE", help="an archive, or where it was unpacked to")
     verifying.set_defaults(run=_verify)
 
     benchmark = commands.add_parser("bench", help="time the operator against its peers, on checked results")
@@ -234,18 +240,20 @@ def _package(args: argparse.Namespace) -> int:
     for name in args.target.split(","):
         target = targets.preset(name)
         if isinstance(target, GpuTargetSpec):
-            args.error(f"argument --target: expected CPUs, got {name}; for GPUs: python -m rpe_tvm compile --out DIR")
+            raise BuildError(
+                f"A bundle is for CPUs, got the target {name}. For GPUs: python -m rpe_tvm compile --out DIR"
+            )
         chosen = {wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes) for n in args.lengths}
         configs[target] = sorted(chosen, key=lambda config: config.length)
-    packed = edge.package(configs, args.out)
+    packed = edge.package(configs, args.out, args.threads)
     for variant in packed.contents.variants:
         host = packed.host_bytes[variant.target]
         print(f"{variant.target}: glibc {variant.glibc}, threads {variant.threads}, C host {_size(host)}")
         for each in variant.libraries:
-            tables = "" if each.tables is None else f" + tables {_size(each.tables.bytes)}"
+            tables = "" if each.tables is None else f" + tables {_size(each.tables.size)}"
             print(
                 f"  n <= {each.length:<8} {each.algorithm:<7}{each.schedule} schedule  "
-                f"library {_size(each.file.bytes)}{tables}; with host {_size(each.file.bytes + host)}"
+                f"library {_size(each.file.size)}{tables}; with host {_size(each.file.size + host)}"
             )
     print(f"{packed.path}  {_size(packed.path.stat().st_size)}")
     return 0

@@ -59,8 +59,8 @@ def _packed(path: Path) -> dict[str, bytes]:
                     files[member.name.partition("/")[2]] = stream.read()
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise ArtefactError(
-            f"Cannot read the bundle {path}: {error}. Expected the archive that python -m rpe_tvm package wrote, whole, or "
-            "the directory that it was unpacked to."
+            f"Cannot read the bundle {path}: {error}. Expected the archive that python -m rpe_tvm package wrote, "
+            "whole, or the directory that it was unpacked to."
         ) from error
     return files
 

@@ -33,7 +33,7 @@ class File:
     """
 
     path: str
-    bytes: int
+    size: int
     sha256: str
 
     @classmethod
@@ -120,10 +120,10 @@ def write(contents: Contents) -> str:
         for each in variant.libraries:
             lines.append(
                 f"library {variant.target} {each.length} {each.algorithm} {each.columns} {each.step} {each.schedule} "
-                f"{each.file.bytes} {each.file.sha256} {each.file.path}"
+                f"{each.file.size} {each.file.sha256} {each.file.path}"
             )
             if each.tables is not None:
-                tables = f"{each.tables.bytes} {each.tables.sha256} {each.tables.path}"
+                tables = f"{each.tables.size} {each.tables.sha256} {each.tables.path}"
                 lines.append(f"tables {variant.target} {each.length} {tables}")
     return sign("".join(f"{line}\n" for line in lines))
 
@@ -176,11 +176,14 @@ def _parse(lines: list[list[str]]) -> Contents:
             found = tables.get((target, length))
             library = Library(int(length), algorithm, int(columns), int(step), schedule, file, found)
             libraries.setdefault(target, []).append(library)
-    variants = tuple(
-        Variant(target, machine, glibc, threads, tuple(f for f in features.split(",") if f != "-"), (*libraries[target],))
-        for _, target, machine, glibc, threads, features in (line for line in lines if line[0] == "variant")
-    )
-    return Contents(op, int(num_features), int(head_dim), dict(zip(words[::2], words[1::2], strict=True)), variants)
+    variants = []
+    for line in lines:
+        if line[0] == "variant":
+            target, machine, glibc, threads, features = line[1:]
+            needed = () if features == "-" else tuple(features.split(","))
+            variants.append(Variant(target, machine, glibc, threads, needed, (*libraries[target],)))
+    versions = dict(zip(words[::2], words[1::2], strict=True))
+    return Contents(op, int(num_features), int(head_dim), versions, tuple(variants))
 
 
 def sums(files: Mapping[str, bytes]) -> str:

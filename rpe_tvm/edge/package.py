@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -49,7 +50,11 @@ class Packed:
     host_bytes: Mapping[str, int]
 
 
-def package(configs: Mapping[TargetSpec, Sequence[AttentionConfig]], out: str | os.PathLike[str]) -> Packed:
+def package(
+    configs: Mapping[TargetSpec, Sequence[AttentionConfig]],
+    out: str | os.PathLike[str],
+    threads: Literal["openmp", "none"] = "openmp",
+) -> Packed:
     """Compile an operator for some CPUs and write a bundle.
 
     The same input gives the same bytes: files are sorted and have a fixed date.
@@ -61,6 +66,8 @@ def package(configs: Mapping[TargetSpec, Sequence[AttentionConfig]], out: str | 
         lengths.
     out
         The archive to write, ``*.tar.gz``. A file that is there is replaced when the new one is whole.
+    threads
+        ``"openmp"``, or ``"none"`` for devices without libgomp and libstdc++: a call then runs in one thread.
 
     Raises
     ------
@@ -77,7 +84,10 @@ def package(configs: Mapping[TargetSpec, Sequence[AttentionConfig]], out: str | 
         )
     ((num_features, head_dim),) = sizes
     files = _template()
-    variants = tuple(_variant(target, each, files) for target, each in ordered.items())
+    # sorted, so that a tie between variants ends as in rpe_tvm.runtime.load
+    variants = tuple(
+        _variant(target, ordered[target], threads, files) for target in sorted(ordered, key=lambda each: each.id)
+    )
     described = Contents("attention", num_features, head_dim, _versions(), variants)
     files[contents.FILE] = contents.write(described).encode()
     files["LICENSE"] = _licence().encode()
@@ -96,14 +106,19 @@ def _template() -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items()}
 
 
-def _variant(target: TargetSpec, configs: Sequence[AttentionConfig], files: dict[str, bytes]) -> Variant:
+def _variant(
+    target: TargetSpec,
+    configs: Sequence[AttentionConfig],
+    threads: Literal["openmp", "none"],
+    files: dict[str, bytes],
+) -> Variant:
     """Compile a variant and add its files to `files`."""
     from rpe_tvm import build
     from rpe_tvm.build import manifest
 
     libraries, codes = [], []
     for config in configs:
-        artefact = build.compile_operator(config, target)
+        artefact = build.compile_operator(config, target, threads)
         place = f"{contents.KERNELS}/{config.name}/{target.id}"
         added = [f"{place}/{name}" for name in (manifest.LIBRARY, manifest.FILE)]
         for path in added:
@@ -120,9 +135,9 @@ def _variant(target: TargetSpec, configs: Sequence[AttentionConfig], files: dict
         codes.append(files[added[0]])
     return Variant(
         target=target.id,
-        machine=target.id.partition("-")[0],
+        machine=target.machine,
         glibc=needed_glibc(codes),
-        threads="openmp" if any(b"libgomp" in code for code in codes) else "none",
+        threads=threads,
         features=target.features,
         libraries=tuple(libraries),
     )
@@ -143,8 +158,8 @@ def _versions() -> dict[str, str]:
 def _licence() -> str:
     """What the package says about its licence."""
     try:
-        known = metadata.metadata("rpe_tvm")
-        stated = known.get("License-Expression") or known.get("License")
+        known = metadata.metadata("rpe_tvm").json
+        stated = known.get("license_expression") or known.get("license")
     except metadata.PackageNotFoundError:
         stated = None
     terms = f"licence: {stated}" if stated else "licence: none is stated by the package rpe_tvm; ask its authors"
@@ -155,7 +170,7 @@ def _host_bytes(target: TargetSpec) -> int:
     """The size of the C host on a target, as a stripped shared library; shows that it compiles, too."""
     from rpe_tvm.build import link
 
-    cxx, *options = link.find_compiler()
+    cxx, *options = link.find_compiler(target.machine)
     # of g++, clang++ and c++, whatever stands in front of and behind the name
     compiler = re.sub(r"g\+\+", "gcc", cxx) if "clang" not in cxx else cxx.replace("clang++", "clang")
     compiler = re.sub(r"\bc\+\+", "cc", compiler)

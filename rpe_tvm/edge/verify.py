@@ -15,6 +15,7 @@ from rpe_tvm import reference
 from rpe_tvm.edge import archive, contents
 from rpe_tvm.edge.contents import Contents, Variant
 from rpe_tvm.errors import ArtefactError
+from rpe_tvm.machine import this_machine
 from rpe_tvm.runtime import cpu, load
 
 TOLERANCE = 2e-5  # of float32, times the largest value
@@ -84,7 +85,7 @@ def verify(path: str | os.PathLike[str]) -> Report:
 
 def refusal(variant: Variant) -> str | None:
     """Why a variant cannot run on this machine, None if nothing speaks against it."""
-    here = cpu.machine()
+    here = this_machine()
     if variant.machine != here:
         return f"compiled for {variant.machine} machines, and this is {here}"
     lacking = sorted(set(variant.features) - cpu.cpu_flags())

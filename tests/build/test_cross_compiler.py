@@ -24,9 +24,7 @@ def _only_fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_cross_compiler_names_its_package() -> None:
-    with pytest.raises(
-        CompilerNotFoundError, match="aarch64-linux-gnu-g.. on PATH.*apt install g..-aarch64-linux"
-    ):
+    with pytest.raises(CompilerNotFoundError, match="aarch64-linux-gnu-g.. on PATH.*apt install g..-aarch64-linux"):
         link.find_compiler("aarch64")
     with pytest.raises(CompilerNotFoundError, match="apt install g..-arm-linux-gnueabihf"):
         link.find_compiler("armv7")

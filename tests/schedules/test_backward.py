@@ -5,13 +5,18 @@ Libraries of default configs are those of tests/torch/test_gradients.py, from th
 """
 
 import functools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rpe_tvm import build, reference, runtime, targets
+from rpe_tvm import build, runtime, targets
 from rpe_tvm.plan.backward import BackwardConfig, direct_config, fft_config
 from rpe_tvm.plan.twiddles import feature_positions
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from gradient_check import check_gradients  # noqa: E402
 
 pytestmark = pytest.mark.compile
 
@@ -47,28 +52,8 @@ def compiled(config, target):
     return runtime.load_backward(build.compile_operator(config, target))
 
 
-def check(config, target, n_q, n_k, is_causal=False):
-    from rpe_tvm.torch.backward import attention_backward
-    from rpe_tvm.torch.layouts import feature_memory, pack_features, unpack_features
-
-    instance = compiled(config, target)
-    random = np.random.default_rng(0)
-    m, d = config.num_features, config.head_dim
-    phi_q, phi_k = (random.uniform(0.5, 1.5, (2, 3, n, m)) for n in (n_q, n_k))
-    value, grad_out = random.standard_normal((2, 3, n_k, d)), random.standard_normal((2, 3, n_q, d))
-    rpe_bias = random.standard_normal((3, n_q + n_k - 1))
-    toeplitz = reference.toeplitz_matrix(reference.weights(rpe_bias, n_q, is_causal), n_q, n_k)
-    scores = (phi_q @ phi_k.swapaxes(-1, -2)) * toeplitz
-    out = scores @ value / scores.sum(-1, keepdims=True)
-    q, k, v, b, g, o = (torch.from_numpy(x).float() for x in (phi_q, phi_k, value, rpe_bias, grad_out, out))
-    phi = feature_memory(config, 2, 3, n_q, n_k)
-    for features, buffer in ((q, phi[0]), (k, phi[1])):
-        pack_features(config, features, buffer)
-    found = attention_backward(instance, g, o, phi, v, b, is_causal)
-    got = (unpack_features(config, found.phi[0], n_q), unpack_features(config, found.phi[1], n_k), *found[1:])
-    want = reference.core_gradients(grad_out, phi_q, phi_k, value, rpe_bias, is_causal)
-    for name, x, y in zip(want._fields, got, want, strict=True):
-        assert np.linalg.norm(x.numpy() - y) < 2e-5 * np.linalg.norm(y), name
+def check(config, target, *sizes, is_causal=False):
+    check_gradients(compiled(config, target), *sizes, is_causal=is_causal)
 
 
 def case_id(case):
@@ -89,7 +74,7 @@ def test_values(target, config):
     ],
 )
 def test_tiles(target, config, n_q, n_k, is_causal):
-    check(config, target, n_q, n_k, is_causal)
+    check(config, target, n_q, n_k, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("feature_map", ["prf", "nprf"])

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from rpe_tvm import reference, targets
 from rpe_tvm.edge import Packed, contents, package
 from rpe_tvm.plan.config import AttentionConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import emulated as emulation  # noqa: E402
+
 NUM_FEATURES, HEAD_DIM = 3, 6
 TARGETS = ("haswell", "cortex-a72")
-ARM_ROOT = Path("/usr/aarch64-linux-gnu")  # of Debian's cross compiler
+ARM = emulation.EMULATIONS["aarch64"]
 FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror")
 
-needs_qemu = pytest.mark.skipif(
-    shutil.which("qemu-aarch64-static") is None or not ARM_ROOT.exists(),
-    reason="needs qemu-aarch64-static and g++-aarch64-linux-gnu (Debian: qemu-user-static)",
-)
+needs_qemu = emulation.needs("aarch64")
 
 Array = npt.NDArray[np.float32]
 
@@ -82,7 +81,7 @@ def run(*command: str | Path, check: bool = True, **variables: str) -> subproces
 
 def emulated(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a program for aarch64."""
-    return run("qemu-aarch64-static", "-L", ARM_ROOT, *command, check=check)
+    return run(ARM.emulator, "-L", ARM.libraries, *command, check=check)
 
 
 def arguments(batch: int, heads: int, n_query: int, n_key: int) -> tuple[Array, ...]:

@@ -26,7 +26,7 @@ from rpe_tvm.plan import twiddles
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.targets import TargetSpec
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "deploy" / "bundle"
+DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 
 _TIME = 315532800  # of every file: 1980, the oldest that zip tools know, too
 
@@ -83,27 +83,27 @@ def package(
             f"target, got m, d {sorted(sizes)} and lengths {sorted(lengths)}."
         )
     ((num_features, head_dim),) = sizes
-    files = _template()
+    files = template("bundle")
     # sorted, so that a tie between variants ends as in rpe_tvm.runtime.load
     variants = tuple(
         _variant(target, ordered[target], threads, files) for target in sorted(ordered, key=lambda each: each.id)
     )
-    described = Contents("attention", num_features, head_dim, _versions(), variants)
+    described = Contents("attention", num_features, head_dim, package_versions(), variants)
     files[contents.FILE] = contents.write(described).encode()
-    files["LICENSE"] = _licence().encode()
+    files["LICENSE"] = licence().encode()
     files[contents.SUMS] = contents.sums(files).encode()
     host_bytes = {target.id: _host_bytes(target) for target in ordered}
-    path = Path(out)
-    _write(path, _archive(f"rpe_tvm-attention-m{num_features}-d{head_dim}", files))
+    path = write_archive(Path(out), f"rpe_tvm-attention-m{num_features}-d{head_dim}", files)
     return Packed(path, described, host_bytes)
 
 
-def _template() -> dict[str, bytes]:
-    """Path in the bundle -> content of the files that every bundle has."""
-    found = {path.relative_to(TEMPLATE).as_posix(): path for path in TEMPLATE.rglob("*") if path.is_file()}
-    if "include/rpe_tvm.h" not in found:
-        raise BuildError(f"The package is incomplete: no template of a bundle in {TEMPLATE}. Install rpe_tvm again.")
-    return {name: path.read_bytes() for name, path in found.items()}
+def template(name: str) -> dict[str, bytes]:
+    """Path -> content of the files below ``deploy/<name>``."""
+    top = DEPLOY / name
+    found = {path.relative_to(top).as_posix(): path for path in top.rglob("*") if path.is_file()}
+    if "README.md" not in found:
+        raise BuildError(f"The package is incomplete: there is nothing in {top}. Install rpe_tvm again.")
+    return {path: found[path].read_bytes() for path in found}
 
 
 def _variant(
@@ -149,13 +149,14 @@ def needed_glibc(libraries: Sequence[bytes]) -> str:
     return ".".join(map(str, max(found, default=(2, 0))))
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that compile."""
     from rpe_tvm.build import manifest
 
     return dict(sorted(manifest.versions().items()))
 
 
-def _licence() -> str:
+def licence() -> str:
     """What the package says about its licence."""
     try:
         known = metadata.metadata("rpe_tvm").json
@@ -174,10 +175,11 @@ def _host_bytes(target: TargetSpec) -> int:
     # of g++, clang++ and c++, whatever stands in front of and behind the name
     compiler = re.sub(r"g\+\+", "gcc", cxx) if "clang" not in cxx else cxx.replace("clang++", "clang")
     compiler = re.sub(r"\bc\+\+", "cc", compiler)
-    sources = sorted(map(str, (TEMPLATE / "src").glob("*.c")))
+    bundle = DEPLOY / "bundle"
+    sources = sorted(map(str, (bundle / "src").glob("*.c")))
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch) / "host.so"
-        flags = ("-std=c99", "-Os", "-fPIC", "-shared", "-s", "-I", str(TEMPLATE / "include"))
+        flags = ("-std=c99", "-Os", "-fPIC", "-shared", "-s", "-I", str(bundle / "include"))
         done = subprocess.run(
             [compiler, *options, *flags, "-o", str(library), *sources], capture_output=True, text=True, check=False
         )
@@ -186,26 +188,26 @@ def _host_bytes(target: TargetSpec) -> int:
         return library.stat().st_size
 
 
-def _archive(top: str, files: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with (
-        gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as zipped,
-        tarfile.open(mode="w", fileobj=zipped, format=tarfile.USTAR_FORMAT) as archive,
-    ):
-        for path, content in sorted(files.items()):
-            entry = tarfile.TarInfo(f"{top}/{path}")
-            entry.size, entry.mtime, entry.mode = len(content), _TIME, 0o644
-            archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
+def write_archive(path: Path, top: str, files: Mapping[str, bytes]) -> Path:
+    """Write files below the directory `top` to the archive `path`, in order and with a fixed date; returns `path`.
 
-
-def _write(path: Path, content: bytes) -> None:
+    A file that is there is replaced when the new one is whole.
+    """
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_bytes(content)
+        with (
+            staging.open("wb") as file,
+            gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped,
+            tarfile.open(mode="w", fileobj=zipped, format=tarfile.USTAR_FORMAT) as archive,
+        ):
+            for name, content in sorted(files.items()):
+                entry = tarfile.TarInfo(f"{top}/{name}")
+                entry.size, entry.mtime, entry.mode = len(content), _TIME, 0o644
+                archive.addfile(entry, io.BytesIO(content))
         os.replace(staging, path)
     except OSError as error:
-        raise BuildError(f"Could not write the bundle {path}: {error}. Give another --out.") from error
+        raise BuildError(f"Could not write {path}: {error}. Give another place.") from error
     finally:
         staging.unlink(missing_ok=True)
+    return path

@@ -61,7 +61,8 @@ int main(int argc, char **argv) {
   if (status != 0) fprintf(stderr, "error: %s\n", rpe_tvm_last_error());
   if (status == 0) {
     file = fopen(argv[3], "wb");
-    if (file == NULL || fwrite(out, sizeof(float), (size_t)query_size, file) != (size_t)query_size || fclose(file) != 0) {
+    if (file == NULL || fwrite(out, sizeof(float), (size_t)query_size, file) != (size_t)query_size ||
+        fclose(file) != 0) {
       fprintf(stderr, "error: cannot write %s\n", argv[3]);
       status = 1;
     }

@@ -85,8 +85,8 @@ int main(int argc, char **argv) {
   for (i = 0; i < batch * n; ++i) add_and_normalise(x + i * channels, merged + i * channels, channels);
 
   file = fopen(argv[3], "wb");
-  if (file == NULL || fwrite(x, sizeof(float), (size_t)(batch * n * channels), file) != (size_t)(batch * n * channels) ||
-      fclose(file) != 0) {
+  i = batch * n * channels;
+  if (file == NULL || fwrite(x, sizeof(float), (size_t)i, file) != (size_t)i || fclose(file) != 0) {
     fprintf(stderr, "error: cannot write %s\n", argv[3]);
     return 1;
   }

@@ -7,7 +7,7 @@
 
 #include "bundle.h"
 #include "error.h"
-#include "kernel_abi.h"
+#include "library.h"
 #include "rpe_tvm.h"
 
 enum { ALIGNMENT = 64, NUM_MAPS = 2 }; /* a cache line: kernels take any address and run fastest from here */
@@ -28,43 +28,18 @@ struct rpe_tvm_operator {
   block phi_q, phi_k, table;    /* intermediates, kept from call to call: fresh memory costs page faults */
 };
 
-static const char *const SYMBOLS[] = {"__tvm_ffi_features_nprf", "__tvm_ffi_features_prf", "__tvm_ffi_weights",
-                                      "__tvm_ffi_attention"};
-
 /* ------------------------------------------------------------------------------------------------------------------
  * Opening
  */
 
-static int explain_dlopen(const char *file) {
-  const char *reason = dlerror();
-  if (reason == NULL) reason = "unknown error";
-  rpe_tvm_fail("Could not open %s: %s.", file, reason);
-  if (strstr(reason, "libgomp") != NULL) {
-    rpe_tvm_append(
-        " Install the OpenMP runtime (Debian and Ubuntu: apt install libgomp1), or package with --threads none.");
-  } else if (strstr(reason, "libstdc++") != NULL) {
-    rpe_tvm_append(" Install libstdc++ (Debian and Ubuntu: apt install libstdc++6), or package with --threads none.");
-  } else if (strstr(reason, "GLIBC") != NULL) {
-    rpe_tvm_append(" This system's C library is too old: package on an older system.");
-  } else if (strstr(reason, "TVMFFI") != NULL) {
-    rpe_tvm_append(" Link the program with -rdynamic, so that kernels find the host's functions.");
-  }
-  return -1;
-}
-
 static int open_kernels(const char *directory, const rpe_tvm_library *library, kernels *self) {
-  rpe_tvm_kernel *const slots[] = {&self->features[RPE_TVM_NPRF], &self->features[RPE_TVM_PRF], &self->weights,
-                                   &self->attention};
-  char *path = rpe_tvm_path(directory, library->file);
-  size_t i;
-  if (path == NULL) return rpe_tvm_fail("Out of memory.");
-  self->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  free(path);
-  if (self->library == NULL) return explain_dlopen(library->file);
-  for (i = 0; i < sizeof SYMBOLS / sizeof SYMBOLS[0]; ++i) {
-    void *symbol = dlsym(self->library, SYMBOLS[i]);
-    if (symbol == NULL) return rpe_tvm_fail("%s has no function %s.", library->file, SYMBOLS[i]);
-    memcpy(slots[i], &symbol, sizeof symbol); /* ISO C has no cast from an object to a function */
+  self->library = rpe_tvm_open_library(directory, library->file);
+  if (self->library == NULL) return -1;
+  if (rpe_tvm_find_kernel(self->library, "features_nprf", &self->features[RPE_TVM_NPRF]) != 0 ||
+      rpe_tvm_find_kernel(self->library, "features_prf", &self->features[RPE_TVM_PRF]) != 0 ||
+      rpe_tvm_find_kernel(self->library, "weights", &self->weights) != 0 ||
+      rpe_tvm_find_kernel(self->library, "attention", &self->attention) != 0) {
+    return rpe_tvm_append(" (%s)", library->file);
   }
   return 0;
 }
@@ -182,8 +157,8 @@ static int check_sizes(const rpe_tvm_operator *self, const rpe_tvm_arguments *a)
 
 static int check_strides(const char *name, rpe_tvm_strides s) {
   if (s.batch >= 0 && s.head >= 0 && s.position >= 0) return 0;
-  return rpe_tvm_fail("Invalid strides of %s: expected no negative one, got %" PRId64 ", %" PRId64 ", %" PRId64 ".", name,
-                      s.batch, s.head, s.position);
+  return rpe_tvm_fail("Invalid strides of %s: expected no negative one, got %" PRId64 ", %" PRId64 ", %" PRId64 ".",
+                      name, s.batch, s.head, s.position);
 }
 
 static int check_memory(const rpe_tvm_arguments *a) {
@@ -207,7 +182,8 @@ static int check_memory(const rpe_tvm_arguments *a) {
     return -1;
   }
   if ((a->batch > 1 && out.batch == 0) || (a->heads > 1 && out.head == 0) || (a->n_query > 1 && out.position == 0)) {
-    return rpe_tvm_fail("Invalid strides of out: expected distinct elements, got %" PRId64 ", %" PRId64 ", %" PRId64 ".",
+    return rpe_tvm_fail("Invalid strides of out: expected distinct elements, got %" PRId64 ", %" PRId64 ", %" PRId64
+                        ".",
                         out.batch, out.head, out.position);
   }
   if (out_start < value_start + sizeof(float) * (uintptr_t)span(value, a, a->n_key) &&
@@ -274,13 +250,6 @@ static TVMFFIAny of_int(int64_t x) {
   return any;
 }
 
-static int call(rpe_tvm_kernel kernel, const TVMFFIAny *arguments, int num_arguments) {
-  TVMFFIAny result;
-  memset(&result, 0, sizeof result);
-  rpe_tvm_fail("A kernel failed without a message.");
-  return kernel(NULL, arguments, num_arguments, &result) == 0 ? 0 : -1;
-}
-
 static float *take(block *self, int64_t size) {
   if (size < 0) return NULL;
   if (self->size < size) {
@@ -328,8 +297,9 @@ static int run(rpe_tvm_operator *self, const rpe_tvm_library *library, const ker
                                     of_int(a->is_causal != 0), of_tensor(&tables), of_tensor(&table)};
     const TVMFFIAny of_attention[] = {of_tensor(&phi_q), of_tensor(&phi_k),  of_tensor(&value),
                                       of_tensor(&table), of_tensor(&tables), of_tensor(&out)};
-    if (call(k->features[a->feature_map], of_query, 3) != 0 || call(k->features[a->feature_map], of_key, 3) != 0 ||
-        call(k->weights, of_weights, 6) != 0 || call(k->attention, of_attention, 6) != 0) {
+    const rpe_tvm_kernel features = k->features[a->feature_map];
+    if (rpe_tvm_call(features, of_query, 3) != 0 || rpe_tvm_call(features, of_key, 3) != 0 ||
+        rpe_tvm_call(k->weights, of_weights, 6) != 0 || rpe_tvm_call(k->attention, of_attention, 6) != 0) {
       return -1;
     }
   }
@@ -337,11 +307,13 @@ static int run(rpe_tvm_operator *self, const rpe_tvm_library *library, const ker
 }
 
 int rpe_tvm_attention(rpe_tvm_operator *self, const rpe_tvm_arguments *arguments) {
+  const rpe_tvm_library *libraries;
   int i = 0;
   if (self == NULL || arguments == NULL) return rpe_tvm_fail("Expected an open operator and arguments, got NULL.");
   if (check_sizes(self, arguments) != 0) return -1;
   if (arguments->batch == 0 || arguments->heads == 0 || arguments->n_query == 0) return 0; /* nothing to write */
   if (check_memory(arguments) != 0) return -1;
-  while (self->bundle.libraries[i].length < arguments->n_query || self->bundle.libraries[i].length < arguments->n_key) ++i;
-  return run(self, &self->bundle.libraries[i], &self->kernels[i], arguments);
+  libraries = self->bundle.libraries;
+  while (libraries[i].length < arguments->n_query || libraries[i].length < arguments->n_key) ++i;
+  return run(self, &libraries[i], &self->kernels[i], arguments);
 }

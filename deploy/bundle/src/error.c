@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "kernel_abi.h"
-#include "rpe_tvm.h"
+
 
 static __thread char message[4096];
 

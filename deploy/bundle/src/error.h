@@ -12,4 +12,7 @@
 int rpe_tvm_fail(const char *format, ...) RPE_TVM_FORMAT;
 int rpe_tvm_append(const char *format, ...) RPE_TVM_FORMAT;
 
+/* Of rpe_tvm.h: the message. */
+const char *rpe_tvm_last_error(void);
+
 #endif

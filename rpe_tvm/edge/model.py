@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FILE = "model.txt"
-LIBRARY, WEIGHTS = "lib.so", "weights.bin"
+LIBRARY, WEIGHTS, EXAMPLE = "lib.so", "weights.bin", "example.bin"
 
 _ATTENTION = "rpe_tvm.kernelized_attention"
 _ALIGNMENT = 64
@@ -93,8 +93,13 @@ class _Program:
         return len(self.tensors) - 1
 
 
-def export_model(program: Any, target: TargetSpec, out: str | os.PathLike[str]) -> Path:
+def export_model(
+    program: Any, target: TargetSpec, out: str | os.PathLike[str], threads: Literal["openmp", "none"] = "openmp"
+) -> Path:
     """Compile a model and write an archive with its library, its weights and a C++ host.
+
+    The archive also has the inputs that the program was exported with, and what it computes for them, so that the host
+    can check itself on a device.
 
     Parameters
     ----------
@@ -105,6 +110,8 @@ def export_model(program: Any, target: TargetSpec, out: str | os.PathLike[str]) 
         The CPU to compile for.
     out
         The archive to write, ``*.tar.gz``.
+    threads
+        As of `rpe_tvm.edge.package`. Only attention uses threads.
 
     Raises
     ------
@@ -119,20 +126,20 @@ def export_model(program: Any, target: TargetSpec, out: str | os.PathLike[str]) 
     functions = {str(name.name_hint): f for name, f in mod.functions.items() if name.name_hint != "main"}
     functions = {name: f.with_attr("global_symbol", name) for name, f in functions.items()}
     for prefix, config in found.configs.items():
-        for name, function in lower.lower(config, target).mod.functions.items():
+        for function in lower.lower(config, target).mod.functions.values():
             symbol = f"{prefix}_{function.attrs['global_symbol']}"
             functions[symbol] = function.with_attr("global_symbol", symbol)
-    library = _compile(functions, target)
+    library = _compile(functions, target, threads)
     files = template("model")
     shared = template("bundle")
     files |= {f"src/{Path(path).name}": shared[path] for path in shared if Path(path).stem in _SHARED}
-    files[LIBRARY], files[WEIGHTS] = library, bytes(found.weights)
+    files[LIBRARY], files[WEIGHTS], files[EXAMPLE] = library, bytes(found.weights), _example(program)
     features = ",".join(target.features) or "-"
     versions = " ".join(f"{name} {version}" for name, version in package_versions().items())
     lines = [
         f"rpe_tvm-model {FORMAT}",
         f"versions {versions}",
-        f"variant {target.id} {target.machine} {needed_glibc([library])} openmp {features}",
+        f"variant {target.id} {target.machine} {needed_glibc([library])} {threads} {features}",
         f"library {len(library)} {hashlib.sha256(library).hexdigest()} {LIBRARY}",
         f"weights {len(found.weights)} {hashlib.sha256(found.weights).hexdigest()} {WEIGHTS}",
         f"arena {found.arena}",
@@ -232,9 +239,22 @@ def _walk(mod: tvm.IRModule, target: TargetSpec, program: _Program) -> list[int]
     return outputs or [number_of(main.body.body)]
 
 
+def _example(program: Any) -> bytes:
+    """The inputs that a program was exported with, and what it computes for them, one after the other."""
+    inputs, _ = program.example_inputs
+    outputs = program.module()(*inputs)
+    tensors = (*inputs, *(outputs if isinstance(outputs, tuple | list) else (outputs,)))
+    return b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in tensors)
+
+
 def _type_of(value: Any) -> tuple[str, list[int]]:
     """dtype and shape."""
-    return str(value.ty.dtype), [int(size) for size in value.ty.shape]
+    try:
+        return str(value.ty.dtype), [int(size) for size in value.ty.shape]
+    except (AttributeError, TypeError) as error:
+        raise BuildError(
+            f"The model has a value that is no tensor of fixed size: {value}. Export it without dynamic shapes."
+        ) from error
 
 
 def _attention(
@@ -265,12 +285,12 @@ def _attention(
     program.call(f"{prefix}_attention", phi_q, phi_k, value, table, tables, made)
 
 
-def _compile(functions: Mapping[str, Any], target: TargetSpec) -> bytes:
+def _compile(functions: Mapping[str, Any], target: TargetSpec, threads: Literal["openmp", "none"]) -> bytes:
     """One library of all functions."""
     import tvm
 
     from rpe_tvm.build import compile as build
     from rpe_tvm.build import manifest
 
-    artefact = build.compile_module(tvm.IRModule(dict(functions)), "model", {}, target, op="model")
+    artefact = build.compile_module(tvm.IRModule(dict(functions)), "model", {}, target, op="model", threads=threads)
     return (artefact / manifest.LIBRARY).read_bytes()

@@ -52,6 +52,18 @@ def unpack(archive: Path, to: Path) -> Path:
     return top
 
 
+def compile_program(top: Path, folders: list[str], program: Path, prefix: str = "") -> None:
+    """Compile all C and C++ files of some folders to a program, with all warnings as errors."""
+    objects = []
+    for source in sorted(path for folder in folders for path in (top / folder).glob("*.c*")):
+        objects.append(str(program.with_name(f"{source.stem}.o")))
+        cpp = source.suffix == ".cpp"
+        compiler = [f"{prefix}g++", "-std=c++17"] if cpp else [f"{prefix}gcc", "-std=c99", "-Wpedantic"]
+        includes = ["-I", str(top / "include"), "-I", str(top / "src")]
+        subprocess.run([*compiler, *FLAGS, *includes, "-c", str(source), "-o", objects[-1]], check=True)
+    subprocess.run([f"{prefix}g++", *objects, "-o", str(program), "-rdynamic", "-ldl", "-lm"], check=True)
+
+
 def compile_examples(bundle: Path, out: Path, prefix: str = "") -> None:
     """Compile the programs of a bundle as its README says, with all warnings as errors."""
     sources = sorted(map(str, (bundle / "src").glob("*.c")))

@@ -1,18 +1,49 @@
-"""Reads the files of a bundle, an archive or a directory, and checks them against its ``SHA256SUMS``."""
+"""Writes archives; reads the files of a bundle, an archive or a directory, and checks them."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
+import os
 import tarfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from rpe_tvm.edge import contents
-from rpe_tvm.errors import ArtefactError
+from rpe_tvm.errors import ArtefactError, BuildError
+
+_TIME = 315532800  # of every file: 1980, the oldest that zip tools know, too
+
+
+def pack(path: Path, top: str, files: Mapping[str, bytes]) -> Path:
+    """Write files below the directory `top` to the archive `path`, in order and with a fixed date; returns `path`.
+
+    A file that is there is replaced when the new one is whole.
+    """
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            staging.open("wb") as file,
+            gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped,
+            tarfile.open(mode="w", fileobj=zipped, format=tarfile.USTAR_FORMAT) as archive,
+        ):
+            for name, content in sorted(files.items()):
+                entry = tarfile.TarInfo(f"{top}/{name}")
+                entry.size, entry.mtime, entry.mode = len(content), _TIME, 0o644
+                archive.addfile(entry, io.BytesIO(content))
+        os.replace(staging, path)
+    except OSError as error:
+        raise BuildError(f"Could not write {path}: {error}. Give another place.") from error
+    finally:
+        staging.unlink(missing_ok=True)
+    return path
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """Path -> content of the files that the bundle at `path` lists.
+    """Path -> content of the files that the bundle at `path` lists, checked against its ``SHA256SUMS``.
 
     Raises
     ------

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from rpe_tvm.edge import contents
-from rpe_tvm.edge.package import licence, needed_glibc, package_versions, template, write_archive
+from rpe_tvm.edge import archive, contents
+from rpe_tvm.edge.package import licence, needed_glibc, package_versions, template
 from rpe_tvm.errors import BuildError
 from rpe_tvm.plan import twiddles, wisdom
 from rpe_tvm.plan.config import AttentionConfig
@@ -151,7 +151,7 @@ def export_model(
     files[FILE] = contents.sign("".join(f"{line}\n" for line in lines)).encode()
     files["LICENSE"] = licence().encode()
     files[contents.SUMS] = contents.sums(files).encode()
-    return write_archive(Path(out), "rpe_tvm-model", files)
+    return archive.pack(Path(out), "rpe_tvm-model", files)
 
 
 # Parts of the host of bundles that the host of models has, too.

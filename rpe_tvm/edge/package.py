@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import os
 import re
 import subprocess
-import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from rpe_tvm import __version__
-from rpe_tvm.edge import contents
+from rpe_tvm.edge import archive, contents
 from rpe_tvm.edge.contents import Contents, File, Library, Variant
 from rpe_tvm.errors import BuildError
 from rpe_tvm.plan import twiddles
@@ -27,8 +24,6 @@ from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.targets import TargetSpec
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
-
-_TIME = 315532800  # of every file: 1980, the oldest that zip tools know, too
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ def package(
     files["LICENSE"] = licence().encode()
     files[contents.SUMS] = contents.sums(files).encode()
     host_bytes = {target.id: _host_bytes(target) for target in ordered}
-    path = write_archive(Path(out), f"rpe_tvm-attention-m{num_features}-d{head_dim}", files)
+    path = archive.pack(Path(out), f"rpe_tvm-attention-m{num_features}-d{head_dim}", files)
     return Packed(path, described, host_bytes)
 
 
@@ -172,42 +167,19 @@ def _host_bytes(target: TargetSpec) -> int:
     from rpe_tvm.build import link
 
     cxx, *options = link.find_compiler(target.machine)
-    # of g++, clang++ and c++, whatever stands in front of and behind the name
-    compiler = re.sub(r"g\+\+", "gcc", cxx) if "clang" not in cxx else cxx.replace("clang++", "clang")
-    compiler = re.sub(r"\bc\+\+", "cc", compiler)
+    compiler = cxx.replace("clang++", "clang").replace("g++", "gcc").replace("c++", "cc")
     bundle = DEPLOY / "bundle"
     sources = sorted(map(str, (bundle / "src").glob("*.c")))
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch) / "host.so"
         flags = ("-std=c99", "-Os", "-fPIC", "-shared", "-s", "-I", str(bundle / "include"))
-        done = subprocess.run(
-            [compiler, *options, *flags, "-o", str(library), *sources], capture_output=True, text=True, check=False
-        )
+        command = [compiler, *options, *flags, "-o", str(library), *sources]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise BuildError(
+                f"Could not start the C compiler {compiler!r}: {error}. Install it beside {cxx}."
+            ) from error
         if done.returncode != 0:
             raise BuildError(f"The C host does not compile for {target.id}:\n{done.stderr.strip()}")
         return library.stat().st_size
-
-
-def write_archive(path: Path, top: str, files: Mapping[str, bytes]) -> Path:
-    """Write files below the directory `top` to the archive `path`, in order and with a fixed date; returns `path`.
-
-    A file that is there is replaced when the new one is whole.
-    """
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            staging.open("wb") as file,
-            gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped,
-            tarfile.open(mode="w", fileobj=zipped, format=tarfile.USTAR_FORMAT) as archive,
-        ):
-            for name, content in sorted(files.items()):
-                entry = tarfile.TarInfo(f"{top}/{name}")
-                entry.size, entry.mtime, entry.mode = len(content), _TIME, 0o644
-                archive.addfile(entry, io.BytesIO(content))
-        os.replace(staging, path)
-    except OSError as error:
-        raise BuildError(f"Could not write {path}: {error}. Give another place.") from error
-    finally:
-        staging.unlink(missing_ok=True)
-    return path

@@ -84,7 +84,7 @@ BENCHMARKS = {
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {
-    "tvm": ({"te", "schedules", "build", "tune"}, {"arm_targets", "gpu_targets", "llvm", "targets"}),
+    "tvm": ({"te", "schedules", "build", "tune"}, {"arm_targets", "edge", "gpu_targets", "llvm", "targets"}),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"llvm"}),
     "torch": ({"torch", "peers"}, {"tune", *BENCHMARKS}),
     "matplotlib": (set(), {"bench_output"}),

@@ -32,7 +32,6 @@ FORMAT = 1
 FILE = "model.txt"
 LIBRARY, WEIGHTS, EXAMPLE = "lib.so", "weights.bin", "example.bin"
 
-_ATTENTION = "rpe_tvm.kernelized_attention"
 _ALIGNMENT = 64
 
 
@@ -111,16 +110,16 @@ def export_model(
     out
         The archive to write, ``*.tar.gz``.
     threads
-        As of `rpe_tvm.edge.package`. Only attention uses threads.
+        As of `rpe_tvm.edge.package`. Attention and matrix products use threads.
 
     Raises
     ------
     BuildError
         If TVM does not import the model, or something does not compile.
     """
-    from rpe_tvm.build import lower
+    from rpe_tvm.build import lower, relax_import
 
-    mod = _import(program)
+    mod = relax_import.import_model(program)
     found = _Program()
     outputs = _walk(mod, target, found)
     functions = {str(name.name_hint): f for name, f in mod.functions.items() if name.name_hint != "main"}
@@ -156,46 +155,6 @@ def export_model(
 
 # Parts of the host of bundles that the host of models has, too.
 _SHARED = ("manifest", "library", "cpu", "error", "sha256", "kernel_abi")
-
-
-def _import(program: Any) -> tvm.IRModule:
-    """The model as a Relax function that only calls tensor functions, and attention."""
-    import tvm
-    from tvm import relax
-    from tvm.relax.frontend.torch import from_exported_program
-
-    def attention(node: Any, importer: Any) -> Any:
-        *tensors, feature_map, is_causal = node.args
-        shape = [int(size) for size in node.meta["val"].shape]
-        arguments = [importer.env[each] for each in tensors]
-        name = f"{_ATTENTION}.{feature_map}.{int(is_causal)}"
-        called = relax.call_dps_packed(name, arguments, relax.TensorType(shape, "float32"))
-        return importer.block_builder.emit(called)
-
-    def embedding(node: Any, importer: Any) -> Any:
-        # The importer's own reads anywhere for an index that is none. This gives NaN.
-        emit = importer.block_builder.emit
-        weight, index = (importer.env[each] for each in node.args[:2])
-        flat = emit(relax.op.reshape(emit(relax.op.astype(index, "int32")), (-1,)))
-        taken = emit(relax.op.take(weight, flat, axis=0, mode="nan"))
-        return emit(relax.op.reshape(taken, [int(size) for size in node.meta["val"].shape]))
-
-    try:
-        converters = {"kernelized_attention.default": attention, "embedding.default": embedding}
-        mod = from_exported_program(program, custom_convert_map=converters)
-        transform = relax.transform
-        passes = [
-            transform.DecomposeOpsForInference(),
-            transform.LegalizeOps(),
-            transform.FoldConstant(),
-            transform.AnnotateTIROpPattern(),
-            transform.FuseOps(),
-            transform.FuseTIR(),
-            transform.DeadCodeElimination(),
-        ]
-        return tvm.transform.Sequential(passes)(mod)
-    except Exception as error:  # TVM raises whatever class its code named
-        raise BuildError(f"TVM could not import the model: {error}") from error
 
 
 def _walk(mod: tvm.IRModule, target: TargetSpec, program: _Program) -> list[int]:

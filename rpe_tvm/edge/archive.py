@@ -56,6 +56,11 @@ def read(path: Path) -> dict[str, bytes]:
             f"No bundle of rpe_tvm: {path} has no {contents.SUMS}. Make one with: python -m rpe_tvm package"
         )
     expected = contents.read_sums(files[contents.SUMS].decode(errors="replace"))
+    if contents.FILE not in expected:
+        raise ArtefactError(
+            f"No bundle of an operator: {path} has no {contents.FILE}. A whole model is checked by its own program, "
+            "run_model."
+        )
     wrong = []
     for name, sha256 in sorted(expected.items()):
         if name not in files:
@@ -66,8 +71,6 @@ def read(path: Path) -> dict[str, bytes]:
                 f"{name} was altered or truncated: expected SHA-256 {sha256[:12]}..., got {found[:12]}... "
                 f"({len(files[name])} bytes)"
             )
-    if contents.FILE not in expected:
-        wrong.append(f"{contents.FILE} is not listed")
     if wrong:
         raise ArtefactError(f"The bundle {path} is damaged. Copy it again, or package it again:", wrong)
     return {name: files[name] for name in expected}

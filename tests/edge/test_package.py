@@ -86,6 +86,11 @@ def test_what_is_no_archive(tmp_path: Path) -> None:
         archive.add(__file__, "other/file.py")
     with pytest.raises(ArtefactError, match="has no SHA256SUMS"):
         verify(tmp_path / "other.tar.gz")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / contents.SUMS).write_text(contents.sums({"model.txt": b""}))
+    (tmp_path / "model" / "model.txt").touch()
+    with pytest.raises(ArtefactError, match="checked by its own program, run_model"):
+        verify(tmp_path / "model")
 
 
 def test_sums_do_not_leave_the_bundle() -> None:
@@ -114,7 +119,7 @@ def test_variants_that_do_not_belong_together(tmp_path: Path) -> None:
 
 
 def test_the_command(cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--features", "4", "--head-dim", "8", "--lengths", "20", "--out", str(tmp_path / "b.tar.gz")]
+    options = ["--features", "3", "--head-dim", "6", "--lengths", "64", "--out", str(tmp_path / "b.tar.gz")]
     assert main(["package", "--target", "haswell", *options]) == 0
     assert "direct default schedule" in capsys.readouterr().out
     assert verify(tmp_path / "b.tar.gz").is_good

@@ -1,3 +1,5 @@
+#define _POSIX_C_SOURCE 200809L
+
 #include "manifest.h"
 
 #include <errno.h>
@@ -109,12 +111,12 @@ char *rpe_tvm_read_manifest(const char *directory, const char *name, const char 
 
 /* How many features of this CPU a variant uses; -1 after a line about why it cannot run here. */
 static int fit_of(const char *target, const char *machine, const char *glibc, char *features) {
-  char *feature;
+  char *feature, *rest = NULL;
   int count = 0, lacking = 0;
   if (strcmp(machine, rpe_tvm_machine()) != 0) {
     return rpe_tvm_append("\n  - %s: compiled for %s machines, and this is %s", target, machine, rpe_tvm_machine());
   }
-  for (feature = strtok(features, ","); feature != NULL; feature = strtok(NULL, ",")) {
+  for (feature = strtok_r(features, ",", &rest); feature != NULL; feature = strtok_r(NULL, ",", &rest)) {
     if (strcmp(feature, "-") == 0) continue;
     ++count;
     if (rpe_tvm_cpu_has(feature)) continue;

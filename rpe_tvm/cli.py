@@ -1,4 +1,4 @@
-"""The command line: ``python -m rpe_tvm info | compile | bench | cache | tuning``, also installed as
+"""The command line: ``python -m rpe_tvm info | compile | package | verify | bench | cache | tuning``, also installed as
 ``rpe-tvm``."""
 
 from __future__ import annotations
@@ -75,6 +75,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     compiling.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     compiling.set_defaults(run=_compile, error=compiling.error)
+
+    packaging = commands.add_parser("package", help="compile attention for devices without Python, into one archive")
+    packaging.add_argument("--op", choices=["attention"], default="attention", help="operator (default: %(default)s)")
+    packaging.add_argument("--features", type=_positive, default=32, metavar="M", help="default: %(default)s")
+    packaging.add_argument("--head-dim", type=_positive, default=64, metavar="D", help="default: %(default)s")
+    packaging.add_argument("--lengths", type=_lengths, required=True, metavar="N,N,...", help="as of compile")
+    packaging.add_argument(
+        "--target",
+        required=True,
+        metavar="TARGET,TARGET,...",
+        help="CPUs to compile for, as of compile; a device takes the variant that uses most of its CPU",
+    )
+    packaging.add_argument(
+        "--threads",
+        choices=["openmp", "none"],
+        default="openmp",
+        help="none: one thread, for devices that have no libgomp (default: %(default)s)",
+    )
+    packaging.add_argument("--out", type=Path, required=True, metavar="FILE", help="the archive, such as bundle.tar.gz")
+    packaging.set_defaults(run=_package, error=packaging.error)
+
+    verifying = commands.add_parser("verify", help="check a bundle: hashes, what runs on this machine, numbers")
+    verifying.add_argument("bundle", type=Path, metavar="BUNDLE", help="an archive, or where it was unpacked to")
+    verifying.set_defaults(run=_verify)
 
     benchmark = commands.add_parser("bench", help="time the operator against its peers, on checked results")
     bench.add_arguments(benchmark)
@@ -208,6 +232,58 @@ def _compile(args: argparse.Namespace) -> int:
             flush=True,
         )
     return 0
+
+
+def _package(args: argparse.Namespace) -> int:
+    from rpe_tvm import edge, targets
+    from rpe_tvm.gpu_targets import GpuTargetSpec
+    from rpe_tvm.plan import wisdom
+
+    configs = {}
+    for name in args.target.split(","):
+        target = targets.preset(name)
+        if isinstance(target, GpuTargetSpec):
+            raise BuildError(
+                f"A bundle is for CPUs, got the target {name}. For GPUs: python -m rpe_tvm compile --out DIR"
+            )
+        chosen = {wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes) for n in args.lengths}
+        configs[target] = sorted(chosen, key=lambda config: config.length)
+    packed = edge.package(configs, args.out, args.threads)
+    for variant in packed.contents.variants:
+        host = packed.host_bytes[variant.target]
+        print(f"{variant.target}: glibc {variant.glibc}, threads {variant.threads}, C host {_size(host)}")
+        for each in variant.libraries:
+            tables = "" if each.tables is None else f" + tables {_size(each.tables.size)}"
+            print(
+                f"  n <= {each.length:<8} {each.algorithm:<7}{each.schedule} schedule  "
+                f"library {_size(each.file.size)}{tables}; with host {_size(each.file.size + host)}"
+            )
+    print(f"{packed.path}  {_size(packed.path.stat().st_size)}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from rpe_tvm import edge
+
+    report = edge.verify(args.bundle)
+    found = report.contents
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    print(f"{found.op}, {found.num_features} features, head_dim {found.head_dim}; made with {versions}")
+    print(f"{report.files} files, all with the SHA-256 of SHA256SUMS")
+    for variant in found.variants:
+        if variant.target in report.refusals:
+            print(f"{variant.target}: does not run here: {report.refusals[variant.target]}")
+        elif variant.target != report.taken:
+            print(f"{variant.target}: runs here; not taken, because {report.taken} uses more of this CPU")
+        else:
+            print(f"{variant.target}: runs here and is taken")
+            for each in variant.libraries:
+                error = report.errors[each.length]
+                print(f"  n <= {each.length:<8} {each.algorithm:<7}{each.schedule} schedule  error {error:.1e}")
+    if not report.is_good:
+        reason = "no variant runs here" if report.taken is None else "the numbers are wrong"
+        print(f"error: {reason}", file=sys.stderr)
+    return 0 if report.is_good else 1
 
 
 def _bench(args: argparse.Namespace) -> int:

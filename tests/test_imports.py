@@ -35,6 +35,7 @@ BELOW = {
         *("errors", "files", "plan", "te", "schedules", "gpu_targets", "targets", "build", "runtime", "reference"),
         *("bench_problem", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
     },
+    "edge": {"errors", "plan", "reference", "machine", "target_spec", "targets", "runtime"},
     "torch": {"errors", "plan", "runtime"},
     "peers": {"errors", "reference"},
     "bench_turns": {"errors"},
@@ -67,6 +68,7 @@ BELOW = {
 ON_DEMAND = {
     "gpu_targets": {"runtime"},
     "targets": {"runtime"},
+    "edge": {"build"},
     "torch": {"build", "targets"},
     "tune": {"torch"},
     "bench_problem": {"torch"},
@@ -74,7 +76,7 @@ ON_DEMAND = {
     "bench_toeplitz": {"peers", "torch"},
     "bench_train_steps": {"peers", "torch"},
     "bench_train_reference": {"peers"},
-    "cli": {"build", "gpu_targets", "plan", "runtime", "targets", "torch", "tune"},
+    "cli": {"build", "edge", "gpu_targets", "plan", "runtime", "targets", "torch", "tune"},
 }
 BENCHMARKS = {
     *("bench", "bench_problem", "bench_peers", "bench_toeplitz", "bench_turns"),
@@ -83,7 +85,10 @@ BENCHMARKS = {
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {
-    "tvm": ({"te", "schedules", "build", "tune"}, {"arm_targets", "gpu_targets", "llvm", "rocm_targets", "targets"}),
+    "tvm": (
+        {"te", "schedules", "build", "tune"},
+        {"arm_targets", "edge", "gpu_targets", "llvm", "rocm_targets", "targets"},
+    ),
     "tvm_ffi": ({"te", "schedules", "build", "tune", "runtime"}, {"llvm"}),
     "torch": ({"torch", "peers"}, {"tune", *BENCHMARKS}),
     "matplotlib": (set(), {"bench_output"}),

@@ -28,7 +28,7 @@ def test_a_wheel_holds_everything(tmp_path):
     source.mkdir()
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
-    for name in ("rpe_tvm", "schedules", "tuning_logs"):
+    for name in ("rpe_tvm", "schedules", "tuning_logs", "deploy"):
         if (ROOT / name).exists():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
@@ -42,8 +42,14 @@ def test_a_wheel_holds_everything(tmp_path):
     packed = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
         path.relative_to(source).as_posix()
-        for folder, pattern in (("rpe_tvm", "**/*.py"), ("schedules", "*.py"), ("tuning_logs", "**/*.json"))
+        for folder, pattern in (
+            ("rpe_tvm", "**/*.py"),
+            ("schedules", "*.py"),
+            ("tuning_logs", "**/*.json"),
+            ("deploy", "**/*"),
+        )
         for path in (source / folder).glob(pattern)
+        if path.is_file()
     }
     wanted = {path if path.startswith("rpe_tvm/") else f"rpe_tvm/{path}" for path in wanted}
     wanted |= {"rpe_tvm/py.typed", "rpe_tvm/build/addon.cc"}

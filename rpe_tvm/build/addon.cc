@@ -6,8 +6,12 @@
 //
 // They are hidden: TVM's loader overwrites the pointers of every library that exports them as soon as libtvm_runtime is
 // in the process (`import tvm`), and the library would silently move from OpenMP to TVM's own thread pool.
+//
+// Compiled without OpenMP and exceptions, loops run in the calling thread, and nothing but the C library is needed.
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 #include <sys/mman.h>
 
 #include <atomic>
@@ -35,6 +39,8 @@ using ParallelTask = int (*)(int task_id, ParallelGroup* group, void* data);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Parallel loops
+
+#ifdef _OPENMP
 
 int RunTask(ParallelTask task, int task_id, int num_task, void* data) noexcept {
   ParallelGroup group{nullptr, num_task};
@@ -94,6 +100,19 @@ int ParallelLaunch(ParallelTask task, void* data, int num_task) {
   if (status.load() != 0) Raise(error.load());
   return status.load();
 }
+
+#else
+
+int ParallelLaunch(ParallelTask task, void* data, int num_task) {
+  const int count = num_task > 0 ? num_task : 1;
+  ParallelGroup group{nullptr, count};
+  for (int task_id = 0; task_id < count; ++task_id) {
+    if (const int result = task(task_id, &group, data); result != 0) return result;
+  }
+  return 0;
+}
+
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Workspace
@@ -220,6 +239,15 @@ class Workspace {
   std::size_t kept_ = 0;     // bytes of the blocks that are not in use
   std::uint64_t clock_ = 0;  // counts calls of Free
 };
+
+#ifndef _OPENMP
+// What destructors of threads go through, otherwise libstdc++'s; the C library has had it since glibc 2.18.
+extern "C" int __cxa_thread_atexit_impl(void (*destroy)(void*), void* object, void* library);
+extern "C" __attribute__((visibility("hidden"))) int __cxa_thread_atexit(void (*destroy)(void*), void* object,
+                                                                         void* library) noexcept {
+  return __cxa_thread_atexit_impl(destroy, object, library);
+}
+#endif
 
 thread_local Workspace workspace;
 

@@ -31,7 +31,7 @@ Config = AttentionConfig | BackwardConfig | ToeplitzConfig | GpuAttentionConfig 
 _DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
 
 
-def compile_operator(config: Config, target: AnyTarget) -> Path:
+def compile_operator(config: Config, target: AnyTarget, threads: link.Threads = "openmp") -> Path:
     """Compile an operator, or take it from the cache.
 
     Parameters
@@ -40,6 +40,8 @@ def compile_operator(config: Config, target: AnyTarget) -> Path:
         What to compile.
     target
         The CPU or GPU to compile for; it must be of the kind that the config is made for.
+    threads
+        Of a CPU's library: ``"openmp"``, or ``"none"`` for devices that have no OpenMP runtime.
 
     Returns
     -------
@@ -54,7 +56,9 @@ def compile_operator(config: Config, target: AnyTarget) -> Path:
         If it does not compile, or the cache cannot be used.
     """
     lowered = _lower(config, target)
-    return compile_module(lowered.mod, config.name, config.to_json(), target, op=config.op, schedule=lowered.schedule)
+    return compile_module(
+        lowered.mod, config.name, config.to_json(), target, op=config.op, schedule=lowered.schedule, threads=threads
+    )
 
 
 def export(config: Config, target: AnyTarget, out_dir: str | os.PathLike[str]) -> Path:
@@ -86,6 +90,7 @@ def compile_module(
     *,
     op: str = "attention",
     schedule: Mapping[str, Any] = _DEFAULT_SCHEDULE,
+    threads: link.Threads = "openmp",
 ) -> Path:
     """Compile the functions of `mod` to a library in the cache and return its directory.
 
@@ -104,6 +109,8 @@ def compile_module(
     schedule
         Where the schedule comes from, for the manifest; ``source`` is ``"tuned"``, ``"default"`` or ``"fixed"`` (there
         is nothing to tune).
+    threads
+        As of `compile_operator`.
     """
     tvm_target = to_tvm(target)
     functions = _function_names(mod)
@@ -113,7 +120,9 @@ def compile_module(
             "tir": mod.script(show_meta=True),
             "target": str(tvm_target),
             "versions": manifest.versions(),
-            "link": _builder(target).fingerprint(target) if isinstance(target, GpuTargetSpec) else link.fingerprint(),
+            "link": _builder(target).fingerprint(target)
+            if isinstance(target, GpuTargetSpec)
+            else link.fingerprint(threads),
             "manifest": [manifest.FORMAT, op, name, config, schedule, target.to_json()],
         }
     )
@@ -138,7 +147,7 @@ def compile_module(
         if isinstance(target, GpuTargetSpec):
             device = _builder(target).build(mod, target, tvm_target, name, library)
         else:
-            _build_for_cpu(mod, target, tvm_target, name, library)
+            _build_for_cpu(mod, target, tvm_target, name, library, threads)
         manifest.write(directory, expected(directory, device))
 
     return cache.entry(Path("artefacts") / name / target.id / key, is_whole, build)
@@ -214,12 +223,14 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
     return lower.lower(config, target)
 
 
-def _build_for_cpu(mod: tvm.IRModule, spec: TargetSpec, target: tvm.target.Target, name: str, library: Path) -> None:
+def _build_for_cpu(
+    mod: tvm.IRModule, spec: TargetSpec, target: tvm.target.Target, name: str, library: Path, threads: link.Threads
+) -> None:
     link.find_compiler(spec.machine)  # before the compilation, which takes longer than to notice that there is none
     with tempfile.TemporaryDirectory() as scratch:
         code = Path(scratch) / "code.o"
         _compile(mod, target, name).write_to_file(str(code))
-        link.link(code, library, spec.machine)
+        link.link(code, library, spec.machine, threads)
 
 
 def _function_names(mod: tvm.IRModule) -> list[str]:

@@ -11,14 +11,22 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rpe_tvm.build import cache
 from rpe_tvm.errors import BuildError, CompilerNotFoundError
 from rpe_tvm.machine import this_machine
 
 ADDON = Path(__file__).with_name("addon.cc")
+Threads = Literal["openmp", "none"]
+
 ADDON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp")
 LINK_FLAGS = ("-shared", "-fPIC", "-fopenmp", "-Wl,--strip-debug")
+# Without threads a library needs nothing but the C library: not every device has libgomp and libstdc++.
+SERIAL_ADDON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-exceptions", "-fno-rtti")
+SERIAL_LINK_FLAGS = ("-shared", "-fPIC", "-nodefaultlibs", "-Wl,--as-needed,--exclude-libs,ALL,--strip-debug")
+# The last two are static: 32-bit ARM needs divisions and a symbol of unwinding.
+_SERIAL_LIBRARIES = ("-lm", "-lc", "-lgcc", "-lgcc_eh")
 # -Bsymbolic: functions call those of their own library, whatever else the process has loaded.
 DEVICE_LINK_FLAGS = ("-shared", "-fPIC", "-Wl,-Bsymbolic", "-Wl,--strip-debug")
 
@@ -105,22 +113,35 @@ def _cross_compiler(machine: str) -> str:
     return found
 
 
-def fingerprint() -> dict[str, object]:
+def fingerprint(threads: Threads = "openmp") -> dict[str, object]:
     """What linking contributes to a library, for its cache key: the source of the hooks and all flags."""
     return {
         "addon": hashlib.sha256(ADDON.read_bytes()).hexdigest(),
-        "flags": [*ADDON_FLAGS, *LINK_FLAGS],
+        "flags": [*_addon_flags(threads), *_link_flags(threads)],
     }
 
 
-def link(code: Path, library: Path, machine: str = "") -> None:
-    """Link the object file `code`, which TVM wrote for `machine`, and the hooks into the shared library `library`."""
+def _addon_flags(threads: Threads) -> tuple[str, ...]:
+    return ADDON_FLAGS if threads == "openmp" else SERIAL_ADDON_FLAGS
+
+
+def _link_flags(threads: Threads) -> tuple[str, ...]:
+    return LINK_FLAGS if threads == "openmp" else SERIAL_LINK_FLAGS
+
+
+def link(code: Path, library: Path, machine: str = "", threads: Threads = "openmp") -> None:
+    """Link the object file `code`, which TVM wrote for `machine`, and the hooks into the shared library `library`.
+
+    With ``threads="none"`` parallel loops run in the calling thread, and the library needs nothing but the C library.
+    """
     unknown = set(re.findall(rb"__TVM\w+", code.read_bytes())) - _HOOKS
     if unknown:
         names = ", ".join(sorted(name.decode() for name in unknown))
         raise BuildError(f"Compiled code calls {names} of libtvm_runtime, which {ADDON.name} does not replace.")
     compiler = find_compiler(machine)
-    _call([*compiler, *LINK_FLAGS, "-o", str(library), str(code), str(_addon_object(compiler, machine))])
+    hooks = _addon_object(compiler, machine, threads)
+    libraries = () if threads == "openmp" else _SERIAL_LIBRARIES
+    _call([*compiler, *_link_flags(threads), "-o", str(library), str(code), str(hooks), *libraries])
 
 
 def link_with_device(objects: Sequence[Path], data: Path, library: Path) -> None:
@@ -137,9 +158,9 @@ def link_with_device(objects: Sequence[Path], data: Path, library: Path) -> None
     _call([*find_compiler(), *DEVICE_LINK_FLAGS, "-o", str(library), *map(str, objects), str(assembly)])
 
 
-def _addon_object(compiler: list[str], machine: str) -> Path:
+def _addon_object(compiler: list[str], machine: str, threads: Threads) -> Path:
     """The compiled hooks; compiled once per cache, compiler and machine."""
-    key = cache.key_of({"compiler": compiler, "machine": machine or this_machine(), **fingerprint()})
+    key = cache.key_of({"compiler": compiler, "machine": machine or this_machine(), **fingerprint(threads)})
 
     def is_whole(directory: Path) -> bool:
         recorded = (directory / "sha256").read_text(encoding="ascii")
@@ -147,7 +168,7 @@ def _addon_object(compiler: list[str], machine: str) -> Path:
 
     def build(directory: Path) -> None:
         target = directory / "addon.o"
-        _call([*compiler, *ADDON_FLAGS, "-c", str(ADDON), "-o", str(target)])
+        _call([*compiler, *_addon_flags(threads), "-c", str(ADDON), "-o", str(target)])
         (directory / "sha256").write_text(hashlib.sha256(target.read_bytes()).hexdigest(), encoding="ascii")
 
     return cache.entry(Path("objects") / key, is_whole, build) / "addon.o"

@@ -218,7 +218,7 @@ def test_two_processes_build_one_library(cache_dir: Path, target: TargetSpec) ->
 
 def test_a_killed_build_leaves_no_entry(cache_dir: Path, target: TargetSpec, run_python: Run) -> None:
     code = _OTHER_PROCESS + (
-        "def killed(code, library, machine):\n"
+        "def killed(code, library, machine, threads):\n"
         "    library.write_bytes(code.read_bytes()[:500])\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "link.link = killed\n"

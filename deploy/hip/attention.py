@@ -4,7 +4,7 @@ On any x86 machine:
 
     python -m rpe_tvm compile --features 32 --head-dim 64 --lengths 1000 --target gfx942 --out kernels
 
-On the host of the GPU, with ROCm 6.3 or later, a PyTorch built for it, NumPy, apache-tvm-ffi and this package without TVM:
+On the host of the GPU, with ROCm 6.3 or later, a PyTorch built for it, NumPy, apache-tvm-ffi and this package:
 
     python deploy/hip/attention.py kernels
 

@@ -202,6 +202,7 @@ INSTRUCTIONS = (
     (r"cp\.async\.wait_group (\d+)", "wait_group({0})"),
     (r"ld\.shared\.f32 .*\[%1\+?(-?\d*)\]", "memcpy(&{names[0]}, at_shared({names[1]} + {0}, 4), 4)"),
     (r"st\.shared\.f32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),
+    (r"st\.shared\.u32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),
     (r"ex2\.approx\.ftz\.f32 ", "{names[0]} = exp2f({names[1]})"),
     (r"ld\.global\.nc\.u32 ", "memcpy(&{names[0]}, {names[1]}, 4)"),
     (r"st\.global\.u32 ", "memcpy((void*){names[0]}, &{names[1]}, 4)"),

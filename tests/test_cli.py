@@ -17,7 +17,7 @@ from rpe_tvm import build as package
 from rpe_tvm.build import cache, manifest, nvcc
 from rpe_tvm.build import compile as build
 from rpe_tvm.errors import GpuNotFoundError, TuningError
-from rpe_tvm.plan import backward, gpu, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu, gpu_backward, toeplitz, wisdom
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.runtime import gpu as runtime_gpu
 from rpe_tvm.runtime import load
@@ -128,6 +128,15 @@ def test_compile_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     with pytest.raises(SystemExit):
         cli.main([*command, "--target", "sm_90", "--op", "toeplitz"])
     assert "argument --target: expected a CPU for --op toeplitz" in capsys.readouterr().err
+    asked.clear()
+    assert cli.main([*command, "--target", "sm_80", "--op", "backward"]) == 0
+    assert asked == [(gpu_backward.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]
+    capsys.readouterr()
+    assert cli.main([*command, "--target", "sm_80", "--op", "backward", "--lengths", "5000"]) == 1
+    assert "expected at most 4096 positions for gradients on a GPU, got 5000" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--target", "sm_80", "--op", "backward", "--dtype", "bfloat16"])
+    assert "argument --dtype: expected float32 for gradients" in capsys.readouterr().err
 
 
 def test_info_shows_nvcc_and_gpus(

@@ -16,6 +16,7 @@ from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.targets import AnyTarget, TargetSpec, to_tvm
@@ -168,7 +169,15 @@ def _builder(target: GpuTargetSpec) -> ModuleType:
 
 def _lower(config: Config, target: AnyTarget) -> Lowered:
     # Not at the top: they import tvm, and the cache and the linker need none.
-    from rpe_tvm.build import lower, lower_backward, lower_gpu, lower_rocm, lower_tensor_cores, lower_toeplitz
+    from rpe_tvm.build import (
+        lower,
+        lower_backward,
+        lower_gpu,
+        lower_gpu_backward,
+        lower_rocm,
+        lower_tensor_cores,
+        lower_toeplitz,
+    )
 
     if isinstance(config, GpuAttentionConfig | TensorCoreConfig):
         if not isinstance(target, GpuTargetSpec):
@@ -176,14 +185,18 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
                 f"The config {config.name} is for GPUs, and the target {target.id} is none: expected cuda-sm_* or "
                 "rocm-gfx*."
             )
-        if isinstance(config, TensorCoreConfig):
-            if target.kind == "rocm":
+        if target.kind == "rocm":
+            if type(config) is not GpuAttentionConfig:
                 raise BuildError(
-                    f"The config {config.name} is for NVIDIA's tensor cores, and the target {target.id} has none: "
-                    "expected cuda-sm_*. AMD GPUs are served in float32."
+                    f"The config {config.name} is for NVIDIA GPUs, and the target {target.id} is none: expected "
+                    "cuda-sm_*. On AMD GPUs there is attention in float32, without gradients."
                 )
+            return lower_rocm.lower(config)
+        if isinstance(config, TensorCoreConfig):
             return lower_tensor_cores.lower(config)
-        return lower_rocm.lower(config) if target.kind == "rocm" else lower_gpu.lower(config)
+        if isinstance(config, GpuBackwardConfig):
+            return lower_gpu_backward.lower(config)
+        return lower_gpu.lower(config)
     if isinstance(target, GpuTargetSpec):
         raise BuildError(
             f"The config {config.name} is for CPUs, and the target {target.id} is none: expected x86_64-*."

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BLOCKS_ATTRIBUTE = "rpe_tvm.blocks_per_sm"
 # Attribute of a function that calls functions of its library and launches no kernel itself.
 CALLS_ATTRIBUTE = "rpe_tvm.calls"
+# Attribute of a function whose kernels load again in each turn of a loop what stays the same. nvcc would hold it in
+# registers, since TVM promises that nothing else writes there, and spill them.
+RELOAD_ATTRIBUTE = "rpe_tvm.reload"
 # Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
@@ -69,7 +72,7 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
         with _source_is_kept():
             host_module, source = _generate(host, device, target)
             calls = tuple(_generate(*_split(each, target), target)[0] for each in _one_by_one(callers))
-        source = _bound_registers(source, mod)
+        source = _without_promises(_bound_registers(source, mod), mod)
     except BuildError:
         raise
     except Exception as error:  # TVM raises whatever class its C++ code named
@@ -147,6 +150,18 @@ def _bound_registers(source: str, mod: tvm.IRModule) -> str:
             source, count = re.subn(pattern, rf"__launch_bounds__(\1, {blocks}) \2", source)
             if count == 0:
                 raise BuildError(f"The kernels of {symbol} have no launch bounds in a form that this rpe_tvm knows.")
+    return source
+
+
+def _without_promises(source: str, mod: tvm.IRModule) -> str:
+    """Drop ``__restrict__`` from the kernels of functions with `RELOAD_ATTRIBUTE`: loads stay behind barriers then."""
+    for function in mod.functions.values():
+        if RELOAD_ATTRIBUTE in function.attrs:
+            symbol = function.attrs["global_symbol"]
+            pattern = rf"(?<= ){symbol}_kernel\w*\([^)]*__restrict__[^)]*\)"
+            source, count = re.subn(pattern, lambda found: found[0].replace(" __restrict__", ""), source)
+            if count == 0:
+                raise BuildError(f"The kernels of {symbol} promise nothing in a form that this rpe_tvm knows.")
     return source
 
 

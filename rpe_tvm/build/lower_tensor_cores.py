@@ -6,16 +6,18 @@ import tvm
 
 from rpe_tvm.build.lower import Lowered
 from rpe_tvm.build.lower_forward import forward_functions
-from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig, fused
 from rpe_tvm.te.cuda_direct import direct_attention
 from rpe_tvm.te.cuda_features import features
+from rpe_tvm.te.cuda_fused import fused_attention
 from rpe_tvm.te.cuda_weights import direct_weights
 from rpe_tvm.te.features import FEATURE_MAPS
 
 
 def lower(config: TensorCoreConfig) -> Lowered:
-    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each, and
-    `forward_prf` and `forward_nprf`, which call them.
+    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each,
+    `forward_prf` and `forward_nprf`, which call them, and for short sequences `fused_prf` and `fused_nprf`, one kernel
+    that does all.
 
     Batch, heads and lengths are read from the arguments of each call.
     """
@@ -23,4 +25,7 @@ def lower(config: TensorCoreConfig) -> Lowered:
     functions["weights"] = direct_weights()
     functions["attention"] = direct_attention(config)
     functions |= forward_functions(config)
+    one_kernel = fused(config)
+    if one_kernel is not None:
+        functions |= {f"fused_{feature_map}": fused_attention(one_kernel, feature_map) for feature_map in FEATURE_MAPS}
     return Lowered(tvm.IRModule(functions), {"source": "default"})

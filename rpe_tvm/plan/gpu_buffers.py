@@ -47,3 +47,18 @@ def between(config: GpuAttentionConfig, pairs: int) -> tuple[int, ...]:
 def pairs_at_once(config: GpuAttentionConfig) -> int:
     """Pairs of channels whose columns and rows take turns."""
     return max(1, min(config.pairs, _ARRAY_FLOATS // math.prod(between(config, 1))))
+
+
+def denominator_terms(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """What features and parities add to the denominators, `[B, H, m, 2, P]`."""
+    return batch, heads, config.num_features, config.residues, config.length
+
+
+def channels(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """Pairs of channels of values and of their gradient's rows, complex, twisted, `[2, B, H, pairs, 2, P, 2]`."""
+    return 2, batch, heads, config.pairs, config.residues, config.length, 2
+
+
+def backward_sums(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """Gradients of both features, and correlation by real and imaginary part, `[B, H, m, 2, 4, P]`."""
+    return batch, heads, config.num_features, config.residues, 4, config.length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -15,6 +16,8 @@ ROWS = 16  # rows of one matrix instruction, m16n8k16; also the features and key
 WARP = 32
 MAX_SHARED_BYTES = 227 * 1024  # what one block may use on sm_90; 163 KiB on sm_80
 CHUNK_BYTES = 16  # what a thread copies to shared memory at once
+FUSED_LENGTH = 1024  # keys that the fused kernel takes at most
+FUSED_BLOCKS = 132  # multiprocessors of an H100, which holds one such block each
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -51,6 +54,9 @@ class TensorCoreConfig:
     matrix_sums : bool
         Whether denominators are sums of rounded weights, by matrix instructions, or of exact ones, by additions. With
         float16 they must be: a row whose weights all underflow then becomes NaN, not 0.
+    fused : bool
+        Whether a block makes features and weights itself, for at most `length` keys: one launch instead of three, see
+        `fused`.
     """
 
     num_features: int
@@ -64,6 +70,7 @@ class TensorCoreConfig:
     stages: int = 3
     blocks: int = 1
     matrix_sums: bool = False
+    fused: bool = False
 
     op: ClassVar[str] = "attention"
 
@@ -81,6 +88,8 @@ class TensorCoreConfig:
             raise ValueError(f"Invalid blocks: expected 0 or more, got {self.blocks}.")
         if self.stages < 2:
             raise ValueError(f"Invalid stages: expected at least 2, got {self.stages}.")
+        if self.fused:
+            self._check_fused()
         if self.tile_k % (ROWS * self.warps_k):
             raise ValueError(
                 f"Invalid tile_k: expected a multiple of {ROWS * self.warps_k} for {self.warps_k} warps along the "
@@ -94,6 +103,18 @@ class TensorCoreConfig:
                 f"take fewer stages or a smaller tile_k."
             )
 
+    def _check_fused(self) -> None:
+        if self.head_dim % ROWS:
+            raise ValueError(f"Invalid head_dim: expected a multiple of {ROWS} for fused, got {self.head_dim}.")
+        if self.stages < 3:
+            raise ValueError(f"Invalid stages: expected at least 3 for fused, got {self.stages}.")
+        warps = self.warps_q * self.warps_k
+        if self.tile_k % (ROWS * warps):
+            raise ValueError(
+                f"Invalid tile_k: expected a multiple of {ROWS * warps} for {warps} warps that make features, got "
+                f"{self.tile_k}."
+            )
+
     @property
     def name(self) -> str:
         """Readable name of the compiled operator, one per bucket."""
@@ -102,7 +123,7 @@ class TensorCoreConfig:
     @property
     def description(self) -> str:
         """One short word for tables: the algorithm with its tile."""
-        return f"direct {self.tile_q}x{self.tile_k}"
+        return f"direct {self.tile_q}x{self.tile_k}{' fused' if self.fused else ''}"
 
     @property
     def tile_q(self) -> int:
@@ -131,13 +152,36 @@ class TensorCoreConfig:
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of one tile: phi_k, value, and the weights of all offsets from its queries to its keys."""
+        """Shared memory of one tile: phi_k, value, and the weights of all offsets from its queries to its keys.
+
+        Fused: key and value.
+        """
+        if self.fused:
+            return 2 * self.tile_k * self.value_row_bytes
         return self.tile_k * (self.key_row_bytes + self.value_row_bytes) + 4 * (self.tile_q + self.tile_k)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return max(self.stages * self.stage_bytes, self.partial_bytes)
+        tiles = self.stages * self.stage_bytes
+        return max(tiles + sum(self.fused_bytes) if self.fused else tiles, self.partial_bytes)
+
+    @property
+    def fused_bytes(self) -> tuple[int, int, int, int]:
+        """Shared memory behind the tiles: phi_k of two of them, queries, the projection, weights of all offsets.
+
+        A row of the projection is W rounded, then what rounding lost.
+        """
+        phi_k = 2 * self.tile_k * self.key_row_bytes
+        queries = self.tile_q * self.value_row_bytes
+        projection = self.padded_features * self.projection_row_bytes
+        weights = 4 * (self.tile_q + round_up(self.length, self.tile_k))
+        return phi_k, queries, projection, weights
+
+    @property
+    def projection_row_bytes(self) -> int:
+        """Distance of two rows of the projection in shared memory."""
+        return _row_bytes(2 * self.head_dim)
 
     @property
     def partial_bytes(self) -> int:
@@ -199,6 +243,28 @@ def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCore
         *(num_features, head_dim, bucket_length(n), dtype, row_blocks, warps_q, warps_k, keys * warps_k, stages),
         matrix_sums=is_full or dtype == "float16",
     )
+
+
+@functools.cache
+def fused(config: TensorCoreConfig) -> TensorCoreConfig | None:
+    """Return the config of the one kernel that does the work of a config's three on short sequences, if there is one.
+
+    Its tiles were the fastest of seven in a race on an H100 at 1024 positions.
+    """
+    m, d = config.num_features, config.head_dim
+    if config.fused or config.length > FUSED_LENGTH or m > 32 or d > 64 or d % ROWS:
+        return None
+    sums = config.dtype == "float16"
+    return TensorCoreConfig(m, d, config.length, config.dtype, 1, 4, 2, 128, 3, matrix_sums=sums, fused=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_fused(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> bool:
+    """Return whether the fused kernel serves a call: its blocks make the features of all keys again, each for itself,
+    which costs less than two more launches as long as all blocks run at once.
+    """
+    one = fused(config)
+    return one is not None and batch * heads * -(-n_query // one.tile_q) <= FUSED_BLOCKS
 
 
 def is_readable(address: int, strides: Sequence[int]) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rpe_tvm.plan import gpu_direct
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 
 _FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
+_FUSED = tuple(f"fused_{name}" for name in FEATURE_MAPS)
 _FORWARD = tuple(f"forward_{name}" for name in FEATURE_MAPS)
 # Where a transform fits into shared memory, and where its columns and rows take turns.
 _SHORT = ("spectrum", "attention")
@@ -17,8 +20,11 @@ _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
 
 def function_names(config: GpuConfig) -> tuple[str, ...]:
     """The names of the functions that are compiled for a config."""
+    if isinstance(config, GpuBackwardConfig):
+        return (*_FEATURES, "largest", *_SHORT, "denominators", "backward")
     if isinstance(config, TensorCoreConfig):
-        return (*_FEATURES, "weights", "attention", *_FORWARD)
+        fused = _FUSED if gpu_direct.fused(config) else ()
+        return (*_FEATURES, "weights", "attention", *_FORWARD, *fused)
     if config.columns == 1:
         return (*_FEATURES, "largest", *_SHORT, "normalise", *_FORWARD)
     return (*_FEATURES, "largest", *_LONG, "normalise")

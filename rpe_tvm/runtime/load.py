@@ -16,6 +16,7 @@ from rpe_tvm import __version__
 from rpe_tvm.errors import ArtefactError, GpuNotFoundError
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_wisdom import config_from_json
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.runtime import hip, toeplitz, tvm_runtime
@@ -34,6 +35,7 @@ _OPERATORS: dict[tuple[str, str], tuple[Callable[[dict[str, Any]], Any], Callabl
     ("toeplitz", "llvm"): (ToeplitzConfig.from_json, lambda config: toeplitz.FUNCTIONS),
     ("attention", "cuda"): (config_from_json, function_names),
     ("attention", "rocm"): (config_from_json, kernel_functions),
+    ("backward", "cuda"): (GpuBackwardConfig.from_json, function_names),
 }
 
 
@@ -125,7 +127,16 @@ def load_gpu(path: str | os.PathLike[str], gpu_index: int = 0) -> GpuInstance:
     gpu_index
         Which GPU it has to run on, as torch counts them. What is loaded runs on all GPUs of the same architecture.
     """
-    chosen = _only(path, _Wanted("attention", "cuda", gpu_index))
+    return _load_gpu("attention", path, gpu_index)
+
+
+def load_gpu_backward(path: str | os.PathLike[str], gpu_index: int = 0) -> GpuInstance:
+    """Load the compiled gradients of attention of one length for an NVIDIA GPU under `path`; as `load_gpu`."""
+    return _load_gpu("backward", path, gpu_index)
+
+
+def _load_gpu(op: str, path: str | os.PathLike[str], gpu_index: int) -> GpuInstance:
+    chosen = _only(path, _Wanted(op, "cuda", gpu_index))
     tvm_runtime.load_cuda(chosen.library.absolute().parents[2], chosen.tvm_version)
     return GpuInstance(chosen.config, _open(chosen))
 

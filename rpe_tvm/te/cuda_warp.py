@@ -74,6 +74,11 @@ def store_float(shared: Expr, offset: int, value: Expr) -> None:
     T.evaluate(T.ptx["st.shared.f32"](T.ptx.addr(shared, offset), value))
 
 
+def store_shared_pair(shared: Expr, offset: int, pair: Expr) -> None:
+    """Store two 16-bit numbers in shared memory."""
+    T.evaluate(T.ptx["st.shared.u32"](T.ptx.addr(shared, offset), pair))
+
+
 def multiply_add(dtype: str, accumulator: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> None:
     """Add A B to the accumulator: 16 x 8 float32 (4 registers), A 16 x 16 (4), B 16 x 8 (2), all of 16-bit numbers."""
     name = PTX_NAMES[dtype]

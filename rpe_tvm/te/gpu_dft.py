@@ -56,6 +56,11 @@ class Tables:
         turned = cx.mul(value, self._turn(position))
         return tuple(tirx.Select(residue == 0, value[k], turned[k]) for k in (0, 1))
 
+    def untwist(self, residue: Expr, position: Expr, value: Complex) -> Complex:
+        """Undo `twist`; not for folds."""
+        turned = cx.mul_conj(value, self._turn(position))
+        return tuple(tirx.Select(residue == 0, value[k], turned[k]) for k in (0, 1))
+
     def untwisted_sum(self, position: Expr, values: Sequence[Complex]) -> Complex:
         """Return the sum over remainders, shifted back."""
         total = values[0]

@@ -62,7 +62,7 @@ def kernelized_attention(
     ShapeError, DTypeError, ValueError, TypeError
         If the arguments do not fit together, are on another device, or the feature map is none.
     GpuGradientError
-        If gradients are asked for on a GPU, where there are none yet.
+        If gradients of more than 4096 queries or keys are asked for on a GPU, which have none so far.
 
     Notes
     -----

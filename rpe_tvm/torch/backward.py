@@ -112,19 +112,26 @@ def _by_fft(
     of_denominator = scratch_tensor("correlation", (batch, heads, groups, 2, *spectrum_shape))
     functions["denominator_backward"](phi, weight, grad_phi, spectra, tables, total, of_denominator)
     correlations += of_denominator.sum((0, 2))
-    return Gradients(total, grad_value, _bias_gradient(config, correlations, rpe_bias, n_q, n_k, is_causal))
+    natural = torch.view_as_complex(correlations.flatten(2, 4))[..., _places(config)]
+    return Gradients(total, grad_value, bias_gradient(natural, rpe_bias, n_q, n_k, is_causal))
 
 
-def _bias_gradient(
-    config: BackwardConfig, correlation: Tensor, rpe_bias: Tensor, n_q: int, n_k: int, is_causal: bool
-) -> Tensor:
+def bias_gradient(spectra: Tensor, rpe_bias: Tensor, n_q: int, n_k: int, is_causal: bool) -> Tensor:
     """Gradient of b from the gradient of the spectra of exp(b): the inverse of how weights become spectra.
 
     With S_p the spectrum of parity p, grad c_t = Re sum_k,p S_p[k] exp(2 pi i t (k + p / 2) / P) / 2P and db = c dc.
+
+    Parameters
+    ----------
+    spectra : Tensor
+        S, complex ``[H, 2, P]``, frequencies in natural order.
+    rpe_bias : Tensor
+        ``[H, n_q + n_k - 1]``.
+    n_q, n_k, is_causal
+        As in the forward pass.
     """
-    length = config.length
-    places, turn = _inverse_constants(config)
-    circular = torch.fft.ifft(torch.view_as_complex(correlation.flatten(2, 4))[..., places])
+    length = spectra.shape[2]
+    circular, turn = torch.fft.ifft(spectra), _turns(length, spectra.device)
     even, odd = circular[:, 0].real, (circular[:, 1] * turn).real
     ahead, behind = (even + odd) / 2, (even - odd) / 2  # offsets 0 .. P-1, and -P .. -1
     by_offset = torch.cat((behind[:, length - (n_q - 1) :], ahead[:, :n_k]), dim=1)
@@ -137,10 +144,16 @@ def _bias_gradient(
 
 
 @functools.lru_cache(maxsize=64)
-def _inverse_constants(config: BackwardConfig) -> tuple[Tensor, Tensor]:
-    """Where each frequency stands in a spectrum in digit order, and exp(i pi t / P) for t < P."""
-    places = torch.from_numpy(np.argsort(frequencies(config)))
-    return places, torch.polar(torch.ones(config.length), torch.arange(config.length) * (math.pi / config.length))
+def _places(config: BackwardConfig) -> Tensor:
+    """Where each frequency stands in a spectrum in digit order."""
+    return torch.from_numpy(np.argsort(frequencies(config)))
+
+
+@functools.lru_cache(maxsize=64)
+def _turns(length: int, device: torch.device) -> Tensor:
+    """exp(i pi t / P) for t < P."""
+    angles = torch.arange(length, device=device) * (math.pi / length)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def refuse_second_gradients(ctx: Any, *grads: Tensor) -> NoReturn:

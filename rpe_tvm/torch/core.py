@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rpe_tvm.errors import ShapeError
 from rpe_tvm.plan.twiddles import weight_table_shape
-from rpe_tvm.torch import cuda
+from rpe_tvm.torch import cuda, cuda_backward
 from rpe_tvm.torch.backward import attention_backward, refuse_second_gradients
-from rpe_tvm.torch.dispatch import get_backward, get_gpu_operator, get_operator
+from rpe_tvm.torch.dispatch import get_backward, get_gpu_backward, get_gpu_operator, get_operator
 from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous, pack_features, scratch_tensor, unpack_features
 from rpe_tvm.torch.operators import check_tensor
 
@@ -32,7 +32,7 @@ torch.library.define(
 def toeplitz_attention(
     phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, *, is_causal: bool = False
 ) -> Tensor:
-    """Attention whose features are given (Luo 2021, Eq. 10), with gradients for all four tensors on the CPU.
+    """Attention whose features are given (Luo 2021, Eq. 10), with gradients for all four tensors.
 
     ``out_i = sum_j c[j-i] (phi_q_i . phi_k_j) v_j / sum_j c[j-i] (phi_q_i . phi_k_j)`` with ``c = exp(rpe_bias)``.
     A row whose denominator is 0, because no key that it sees has a feature in common with it, is 0 and passes no
@@ -184,6 +184,32 @@ def _backward(
     return of_query, of_key, found.value, found.rpe_bias
 
 
+def _backward_cuda(
+    grad_out: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    out: Tensor,
+    sees_none: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, ...]:
+    n = max(phi_q.shape[2], value.shape[2])
+    if out.numel() == 0 or value.shape[2] == 0:
+        return tuple(x.new_zeros(x.shape) for x in (phi_q, phi_k, value, rpe_bias))
+    cuda_backward.check_length(n)
+    return cuda_backward.attention_on_features_backward(
+        get_gpu_backward(value.device.index, n, phi_q.shape[3], value.shape[3]),
+        grad_out.masked_fill(sees_none, 0.0),
+        phi_q,
+        phi_k,
+        value,
+        rpe_bias,
+        out,
+        is_causal=is_causal,
+    )
+
+
 def _fake_forward(
     phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -218,7 +244,7 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | N
 torch.library.impl("rpe_tvm::toeplitz_attention", "CompositeExplicitAutograd", _forward)
 torch.library.impl("rpe_tvm::toeplitz_attention", "CUDA", _forward_cuda)
 torch.library.impl("rpe_tvm::toeplitz_attention_backward", "CompositeExplicitAutograd", _backward)
-torch.library.impl("rpe_tvm::toeplitz_attention_backward", "CUDA", cuda.refuse_gradients)
+torch.library.impl("rpe_tvm::toeplitz_attention_backward", "CUDA", _backward_cuda)
 torch.library.register_fake("rpe_tvm::toeplitz_attention", _fake_forward)
 torch.library.register_fake("rpe_tvm::toeplitz_attention_backward", _fake_backward)
 torch.library.register_autograd("rpe_tvm::toeplitz_attention", _gradients, setup_context=_setup_context)

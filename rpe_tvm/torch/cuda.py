@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from rpe_tvm.errors import GpuGradientError
 from rpe_tvm.plan import gpu, gpu_buffers, gpu_direct, gpu_workspace
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
@@ -47,10 +45,19 @@ def attention(
     is_causal : bool
         Whether query i sees only keys j <= i.
     """
-    forward = instance.functions.get(f"forward_{feature_map}")
+    config, functions = instance.config, instance.functions
     with _current(query):
-        if forward is not None:
-            _at_once(instance.config, forward, query, key, value, rpe_bias, projection, out, is_causal)
+        if isinstance(config, TensorCoreConfig):
+            tensors = (*(_in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
+            if gpu_direct.is_fused(config, *query.shape[:3]):
+                functions[f"fused_{feature_map}"](*tensors, int(is_causal), out)
+            else:
+                functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
+            return
+        if f"forward_{feature_map}" in functions:
+            forward, tables = functions[f"forward_{feature_map}"], _tables(config, query.device)
+            workspace = _workspace(config, query, key)
+            forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
             return
         batch, heads = query.shape[:2]
         phi_q, phi_k = (query.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads)) for _ in range(2))
@@ -76,39 +83,15 @@ def attention_on_features(
         _on_features(instance, packed[0], packed[1], value, rpe_bias, out, is_causal)
 
 
-def refuse_gradients(*arguments: object) -> tuple[Tensor, ...]:
-    """Raise `GpuGradientError`: what the gradients of GPU tensors run into."""
-    raise GpuGradientError(
-        "There are no gradients of attention on GPUs yet. Run it under torch.no_grad(), or move the tensors to the CPU "
-        "(.cpu()), where gradients are compiled."
-    )
-
-
 def _current(x: Tensor) -> AbstractContextManager[object]:
     """Make x's GPU the current one for a while: the functions do that, and would leave it so."""
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
-def _at_once(
-    config: GpuConfig,
-    forward: Callable[..., object],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpe_bias: Tensor,
-    projection: Tensor,
-    out: Tensor,
-    is_causal: bool,
-) -> None:
+def _workspace(config: GpuConfig, query: Tensor, key: Tensor) -> Tensor:
     size = _workspace_bytes(config, query.shape, key.shape[2])
-    workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
-    if isinstance(config, TensorCoreConfig):
-        query, key, value = (_in_whole_pieces(x) for x in (query, key, value))
-        forward(query, key, value, rpe_bias, projection, int(is_causal), workspace, out)
-    else:
-        tables = _tables(config, query.device)
-        forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
+    return torch.empty(size, dtype=torch.uint8, device=query.device)
 
 
 @functools.lru_cache(maxsize=256)

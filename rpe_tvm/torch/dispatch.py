@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rpe_tvm.errors import ArtefactError, BuildError, CompilerNotFoundError
-from rpe_tvm.plan import backward, gpu_choice, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu, gpu_backward, gpu_choice, toeplitz, wisdom
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.runtime import (
     GpuInstance,
@@ -23,6 +23,7 @@ from rpe_tvm.runtime import (
     load,
     load_backward,
     load_gpu,
+    load_gpu_backward,
     load_hip,
     load_toeplitz,
 )
@@ -194,6 +195,21 @@ def _find_gpu_operator(gpu_index: int, bucket: int, num_features: int, head_dim:
             target=arch,
         ),
         bucket,
+    )
+
+
+def get_gpu_backward(gpu_index: int, n: int, num_features: int, head_dim: int) -> GpuInstance:
+    """The compiled gradients for n positions on a GPU; as `get_gpu_operator`."""
+    return _get(
+        _Kind(
+            name=f"backward-m{num_features}-d{head_dim}-float32",
+            options=f"--op backward --features {num_features} --head-dim {head_dim} --target cuda",
+            load=lambda path, length: load_gpu_backward(path, gpu_index),
+            choose=lambda target, bucket: gpu_backward.choose(bucket, num_features, head_dim),
+            wrap=None,
+            target=gpus()[gpu_index].arch,
+        ),
+        gpu.gpu_bucket(n),
     )
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.runtime import run
-from rpe_tvm.torch import cuda
+from rpe_tvm.torch import cuda, cuda_backward
 from rpe_tvm.torch.backward import argument_gradients, attention_backward, refuse_second_gradients
 from rpe_tvm.torch.devices import check_cpu, check_device
-from rpe_tvm.torch.dispatch import get_backward, get_gpu_operator, get_operator
+from rpe_tvm.torch.dispatch import get_backward, get_gpu_backward, get_gpu_operator, get_operator
 from rpe_tvm.torch.feature_maps import check_feature_map
 from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous
 
@@ -229,6 +229,37 @@ def _kernelized_attention_backward(
     return *grads, found.value, found.rpe_bias, grad_projection
 
 
+def _kernelized_attention_backward_cuda(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    feature_map: str,
+    is_causal: bool,
+    of_projection: bool,
+) -> tuple[Tensor, ...]:
+    n = max(query.shape[2], key.shape[2])
+    if out.numel() == 0 or key.shape[2] == 0:
+        return tuple(x.new_zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
+    cuda_backward.check_length(n)
+    return cuda_backward.attention_backward(
+        get_gpu_backward(query.device.index, n, projection.shape[0], query.shape[3]),
+        grad_out,
+        query,
+        key,
+        value,
+        rpe_bias,
+        projection,
+        out,
+        feature_map=feature_map,
+        is_causal=is_causal,
+        of_projection=of_projection,
+    )
+
+
 def _kernelized_attention_backward_fake(
     grad_out: Tensor,
     query: Tensor,
@@ -260,7 +291,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 # The dispatcher resolves conj and neg bits before it calls a kernel.
 torch.library.impl("rpe_tvm::kernelized_attention", "CompositeExplicitAutograd", _kernelized_attention)
 torch.library.impl("rpe_tvm::kernelized_attention", "CUDA", _kernelized_attention_cuda)
-torch.library.impl("rpe_tvm::kernelized_attention_backward", "CUDA", cuda.refuse_gradients)
+torch.library.impl("rpe_tvm::kernelized_attention_backward", "CUDA", _kernelized_attention_backward_cuda)
 torch.library.impl(
     "rpe_tvm::kernelized_attention_backward", "CompositeExplicitAutograd", _kernelized_attention_backward
 )

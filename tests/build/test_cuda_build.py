@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -255,6 +256,15 @@ def test_blocks_on_a_multiprocessor_bound_registers(cache_dir: Path, target: Gpu
     code = device_code.generate(type(module)({"scale": function}), targets.to_tvm(target), "toy")
     assert "__launch_bounds__(64, 7) scale_kernel(" in code.source
     assert fatbin.contents(device_code.blob(code, nvcc.compile_fatbin(code.source, ["sm_90"])[0]))[0] == ["sm_90"]
+
+
+def test_kernels_that_load_again_promise_nothing(target: GpuTargetSpec) -> None:
+    module = toy_gpu.module("scale", "other")
+    functions = {"scale": module["scale"].with_attr(device_code.RELOAD_ATTRIBUTE, True), "other": module["other"]}
+    source = device_code.generate(type(module)(functions), targets.to_tvm(target), "toy").source
+    signatures = re.findall(r" (\w+)_kernel\(([^)]*)\)", source)
+    assert {name for name, parameters in signatures if "__restrict__" in parameters} == {"other"}
+    assert {name for name, _ in signatures} == {"scale", "other"}
 
 
 def test_exporting_packs_tvms_runtime(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rpe_tvm.plan.gpu_direct import TensorCoreConfig, choose, features_shape, is_readable, table_shape
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig, choose, features_shape, fused, is_fused, is_readable, table_shape
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -13,6 +13,19 @@ def test_every_choice_is_a_config(n, m, d, dtype):
     assert config.length >= n
     assert TensorCoreConfig.from_json(config.to_json()) == config
     assert config.shared_bytes <= 163 * 1024  # sm_80
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_few_short_sequences_are_one_launch(dtype):
+    config = choose(1024, 32, 64, dtype)
+    one_kernel = fused(config)
+    assert one_kernel.fused and one_kernel.shared_bytes <= 163 * 1024  # sm_80
+    assert fused(one_kernel) is None
+    assert fused(choose(1025, 32, 64, dtype)) is None
+    assert fused(choose(1024, 32, 40, dtype)) is None
+    assert is_fused(config, 1, 8, 1000)
+    assert not is_fused(config, 2, 8, 1000)
+    assert is_fused(config, 2, 8, 300)
 
 
 def test_rows_lie_in_different_banks():
@@ -42,6 +55,9 @@ def test_shapes_are_whole_tiles():
         (dict(warps_k=3), "tile_k: expected a multiple of 48 for 3 warps along the keys, got 64"),
         (dict(warps_q=33), "at most 32 in a block, got 33"),
         (dict(stages=40), "Too much shared memory: expected at most 232448 bytes"),
+        (dict(fused=True, head_dim=40), "head_dim: expected a multiple of 16 for fused, got 40"),
+        (dict(fused=True, stages=2), "stages: expected at least 3 for fused, got 2"),
+        (dict(fused=True, tile_k=32), "tile_k: expected a multiple of 64 for 4 warps that make features, got 32"),
         (dict(blocks=-1), "blocks: expected 0 or more, got -1"),
     ],
 )

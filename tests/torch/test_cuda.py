@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpe_tvm import build, reference
 from rpe_tvm.errors import ArtefactError, CompilerNotFoundError, DTypeError, GpuGradientError
-from rpe_tvm.plan import gpu, gpu_buffers, gpu_choice
+from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers, gpu_choice
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu import Gpu
@@ -254,10 +254,21 @@ def test_kernels_for_gpus_are_registered(name: str) -> None:
 
 
 def test_gradients_say_what_works() -> None:
-    with pytest.raises(GpuGradientError, match=r"no gradients of attention on GPUs yet.*torch.no_grad\(\).*\.cpu\(\)"):
-        cuda.refuse_gradients()
-    with pytest.raises(NotImplementedError):
-        cuda.refuse_gradients(1, 2)
+    n = gpu_backward.LONGEST + 1
+    x = torch.empty(1, 1, n, D)
+    bias, projection = torch.empty(1, 2 * n - 1), torch.empty(M, D)
+    says = rf"up to {n - 1} queries and keys so far, got {n}.*torch.no_grad\(\).*\.cpu\(\)"
+    with pytest.raises(GpuGradientError, match=says):
+        operators._kernelized_attention_backward_cuda(x, x, x, x, bias, projection, x, "prf", False, True)
+    with pytest.raises(GpuGradientError, match=says):
+        core._backward_cuda(x, x, x, x, bias, x, torch.zeros(1, 1, n, 1, dtype=torch.bool), False)
+
+
+def test_gradients_of_nothing_are_zero() -> None:
+    query, key, value, bias, projection = _inputs(5, 5)
+    inputs = query, key[:, :, :0], value[:, :, :0], bias[:, :4], projection
+    found = operators._kernelized_attention_backward_cuda(query, *inputs, query, "prf", False, True)
+    assert all(torch.equal(grad, torch.zeros(x.shape)) for grad, x in zip(found, inputs, strict=True))
 
 
 def test_gpu_tensors_pass_the_checks_and_keep_their_device() -> None:
@@ -384,6 +395,19 @@ def test_a_directory_of_artefacts_serves_gpus(machine: Any, tmp_path: Path) -> N
     assert machine.loaded == [("attention-m32-d64-n256-float32", 2), ("attention-m32-d64-n1024-float32", 0)]
     assert machine.compiled == []
     assert dispatch._from_artefacts(SimpleNamespace(name="attention-m32-d64"), 64) is None  # that is the CPU's
+
+
+def test_gradients_are_operators_of_their_own(machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(dispatch, "load_gpu_backward", lambda path, index: (path.name, index))
+    config = gpu_backward.choose(300, 32, 64)
+    assert dispatch.get_gpu_backward(1, 300, 32, 64) == (config.name, 1)
+    assert machine.compiled == [(config, "cuda-sm_90")]
+    machine.compiled.clear()
+    for each in (config, gpu.choose(300, 32, 64)):
+        _write(tmp_path / "shipped" / each.name / "cuda-sm_90", each)
+    use_artefacts(tmp_path / "shipped")
+    assert dispatch.get_gpu_backward(0, 100, 32, 64) == ("backward-m32-d64-n512-float32", 0)
+    assert machine.compiled == []
 
 
 def test_without_nvcc_there_is_no_second_way(machine: Any) -> None:

@@ -19,6 +19,7 @@ from rpe_tvm.build import compile as build
 from rpe_tvm.build import nvcc
 from rpe_tvm.errors import CompilerNotFoundError
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import tvm_runtime
@@ -36,8 +37,8 @@ except CompilerNotFoundError as error:
 _CODE = """
 import ctypes, sys
 import torch, tvm_ffi
-from rpe_tvm.runtime import GpuInstance, load_gpu
-from rpe_tvm.torch import cuda
+from rpe_tvm.runtime import GpuInstance, load_gpu, load_gpu_backward
+from rpe_tvm.torch import cuda, cuda_backward
 
 def on_gpu(x):
     if not isinstance(x, torch.Tensor):
@@ -47,7 +48,8 @@ def on_gpu(x):
     ctypes.c_int32.from_address(tensor.__chandle__() + 24 + 8).value = 2
     return tensor
 
-loaded, called = load_gpu(sys.argv[1]), []
+op = sys.argv[2]
+loaded, called = (load_gpu if op == "attention" else load_gpu_backward)(sys.argv[1]), []
 
 def wrap(name, function):
     def call(*arguments):
@@ -67,15 +69,26 @@ key, value = torch.randn(2, 2, 3, n_k, d + 1, dtype=dtype)[..., 1:].unbind()
 bias = torch.randn(3, n_q + n_k - 1)
 out = torch.empty(2, n_q, 3, d, dtype=dtype).transpose(1, 2)
 for feature_map in ("prf", "nprf"):
-    cuda.attention(
-        instance, query, key, value, bias, torch.randn(m, d), out, feature_map=feature_map, is_causal=True
+    arguments = query, key, value, bias, torch.randn(m, d), out
+    if op == "attention":
+        cuda.attention(instance, *arguments, feature_map=feature_map, is_causal=True)
+    else:
+        grad_out = torch.ones(()).expand(out.shape)
+        cuda_backward.attention_backward(
+            instance, grad_out, *arguments, feature_map=feature_map, is_causal=True, of_projection=True
+        )
+if op == "backward":
+    phi_q, phi_k = torch.rand(2, 3, n_q, m), torch.rand(2, 3, n_k, m)
+    cuda_backward.attention_on_features_backward(
+        instance, torch.randn(out.shape).mT.contiguous().mT, phi_q, phi_k, value, bias, out, is_causal=False
     )
 if "forward_prf" in loaded.functions:
-    assert called == ["forward_prf", "forward_nprf"]
+    once = "fused" if "fused_prf" in loaded.functions else "forward"
+    assert called == [once + "_prf", once + "_nprf"]
     print(launches() // 2, "launches")
 else:
     assert set(called) == set(loaded.functions)
-if config.dtype == "float32":
+if op == "attention" and config.dtype == "float32":
     cuda.attention_on_features(
         instance, torch.rand(2, 3, n_q, m), torch.rand(2, 3, n_k, m), value, bias, out, is_causal=False
     )
@@ -83,6 +96,19 @@ try:
     instance.functions["features_prf"](*[torch.empty(1)] * 5)
 except ValueError:
     print("checked")
+if "fused_prf" in loaded.functions:
+    longer = torch.empty(2, 3, config.length + 1, d, dtype=dtype)
+    bias = torch.empty(3, n_q + config.length)
+    try:
+        instance.functions["fused_prf"](query, longer, longer, bias, torch.empty(m, d), 0, out)
+        print("accepted too many keys")
+    except RuntimeError as error:
+        assert "expected at most" in str(error)
+    called.clear()
+    many = torch.empty(50, 3, n_q, d, dtype=dtype)
+    bias = torch.empty(3, 2 * n_q - 1)
+    cuda.attention(instance, many, many, many, bias, torch.empty(m, d), many, feature_map="prf", is_causal=True)
+    assert called == ["forward_prf"]
 """
 
 
@@ -92,8 +118,10 @@ except ValueError:
         (GpuAttentionConfig(3, 4, 64, (8, 8), 32), 6),
         (GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8), None),
         (TensorCoreConfig(6, 8, 64, "bfloat16"), 3),
+        (TensorCoreConfig(6, 16, 64, "bfloat16"), 1),
+        (GpuBackwardConfig(3, 5, 64, (8, 8), 8), None),
     ],
-    ids=["short", "long", "tensor cores"],
+    ids=["short", "long", "tensor cores", "fused", "gradients"],
 )
 def test_arguments_fit(
     config: GpuConfig,
@@ -107,5 +135,5 @@ def test_arguments_fit(
     package = tvm_runtime.installed()
     assert package is not None
     fake = fake_gpu.write_libraries(tmp_path / "fake", package)
-    done = run_python(_CODE, str(tmp_path / "artefacts"), LD_LIBRARY_PATH=str(fake), FAKE_GPU="90:232448")
+    done = run_python(_CODE, str(tmp_path / "artefacts"), config.op, LD_LIBRARY_PATH=str(fake), FAKE_GPU="90:232448")
     assert done.stdout == ("" if launches is None else f"{launches} launches\n") + "checked\n"

@@ -1,0 +1,67 @@
+"""The frozen configuration of the compiled gradients of attention on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from rpe_tvm.plan import gpu
+from rpe_tvm.plan.gpu import GpuAttentionConfig
+
+# at 8192 positions 512 threads have 128 registers each, and the sums of a feature need more, see docs/decisions.md
+LONGEST = 4096
+
+
+@dataclass(frozen=True)
+class GpuBackwardConfig(GpuAttentionConfig):
+    """How the gradients are computed; the fields are those of attention, whose transform is neither folded nor split.
+
+    A thread keeps the frequencies that it made until it multiplies them, so each thread has one butterfly of the first
+    radix, and as many points in all other stages.
+    """
+
+    op: ClassVar[str] = "backward"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.folds, self.columns, self.dtype) != (1, 1, "float32"):
+            raise ValueError(
+                f"Invalid config of gradients: expected folds 1, columns 1 and float32, got {self.folds}, "
+                f"{self.columns} and {self.dtype}."
+            )
+        first = self.radices[0]
+        if self.threads * first != self.length or any(first % radix for radix in self.radices):
+            raise ValueError(
+                f"Invalid threads of gradients: expected {self.length} / {first} and a first radix that the others "
+                f"divide, got {self.threads} and {self.radices}."
+            )
+
+    @property
+    def name(self) -> str:
+        """Readable name of the compiled operator, one per bucket."""
+        return f"backward-m{self.num_features}-d{self.head_dim}-n{self.length}-{self.dtype}"
+
+    @property
+    def of_values(self) -> GpuBackwardConfig:
+        """The config of the kernel of the values' gradient: an even number of channels.
+
+        Its channel of ones would share a complex number with an odd one, and g, divided by sums over all keys, would
+        lose digits beside it.
+        """
+        return replace(self, head_dim=self.head_dim + self.head_dim % 2)
+
+
+def choose(n: int, num_features: int, head_dim: int) -> GpuBackwardConfig:
+    """Return the config of the gradients for up to `n` positions.
+
+    Raises
+    ------
+    ValueError
+        For more than `LONGEST` positions.
+    """
+    if n > LONGEST:
+        raise ValueError(f"Invalid length: expected at most {LONGEST} positions for gradients on a GPU, got {n}.")
+    length = gpu.gpu_bucket(n)
+    radices = gpu.ROW_RADICES[length]
+    blocks_per_sm = gpu.BLOCKS_PER_SM.get(radices, 0)
+    return GpuBackwardConfig(num_features, head_dim, length, radices, length // radices[0], blocks_per_sm=blocks_per_sm)

@@ -1,0 +1,90 @@
+"""Gradients of attention on a GPU, against the float64 reference. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rpe_tvm import reference
+from rpe_tvm.errors import GpuGradientError
+from rpe_tvm.plan import gpu_backward
+from rpe_tvm.torch import NPRF, PRF, elu_features, gaussian_projection, kernelized_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.compile,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"),
+]
+M, D = 8, 16
+
+
+def _tensors(n_q, n_k, batch=2, heads=3, dtype=torch.float32):
+    g = torch.Generator().manual_seed(n_q + n_k)
+    query = torch.randn(batch, heads, n_q, D, generator=g)
+    key, value = torch.randn(2, batch, heads, n_k, D, generator=g).unbind()
+    bias = torch.randn(heads, n_q + n_k - 1, generator=g)
+    tensors = [
+        *(x.to("cuda", dtype) for x in (query, key, value)),
+        bias.cuda(),
+        gaussian_projection(M, D, seed=0).cuda(),
+    ]
+    return [x.requires_grad_() for x in tensors]
+
+
+def _errors(tensors, want):
+    for tensor, expected in zip(tensors, want, strict=True):
+        assert tensor.grad.dtype == tensor.dtype and tensor.grad.isfinite().all()
+        yield np.linalg.norm(tensor.grad.double().cpu().numpy() - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", [PRF, NPRF])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k"), [(63, 64), (100, 37), (500, 700), (2000, 1999), (4096, 3000)])
+def test_values(n_q, n_k, is_causal, kind):
+    tensors = _tensors(n_q, n_k)
+    out = kernelized_attention(*tensors[:4], feature_map=kind(tensors[4]), is_causal=is_causal)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    # the first causal rows have few terms and carry the rounding errors of the longest sums, see docs/operators.md
+    if is_causal:
+        grad_out[:, :, : n_q // 4] = 0
+    out.backward(grad_out)
+    arrays = [x.detach().double().cpu().numpy() for x in (grad_out, *tensors)]
+    want = reference.attention_gradients(*arrays, kind(tensors[4]).name, is_causal)
+    assert max(_errors(tensors, want)) < (1e-4 if is_causal else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype):
+    tensors = _tensors(300, 200, dtype=dtype)
+    out = kernelized_attention(*tensors[:4], feature_map=NPRF(tensors[4]))
+    out.backward(torch.ones_like(out))
+    arrays = [x.detach().double().cpu().numpy() for x in (torch.ones_like(out), *tensors)]
+    assert max(_errors(tensors, reference.attention_gradients(*arrays, "nprf"))) < 16 * torch.finfo(dtype).eps
+
+
+def test_as_on_the_cpu_with_features_of_ones_own():
+    tensors = _tensors(600, 600)[:4]
+    on_cpu = [x.detach().cpu().requires_grad_() for x in tensors]
+    for inputs in (tensors, on_cpu):
+        kernelized_attention(*inputs, feature_map=elu_features).square().sum().backward()
+    for x, y in zip(tensors, on_cpu, strict=True):
+        error = (x.grad.cpu() - y.grad).norm() / y.grad.norm()
+        assert error < 1e-4
+
+
+def test_twice_the_same_bits():
+    tensors = _tensors(300, 300)
+    grads = []
+    for _ in range(2):
+        out = kernelized_attention(*tensors[:4], feature_map=NPRF(tensors[4]))
+        grads.append(torch.autograd.grad(out.square().sum(), tensors))
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_longer_sequences_say_what_works():
+    n = gpu_backward.LONGEST + 1
+    tensors = _tensors(n, n, batch=1, heads=1)
+    out = kernelized_attention(*tensors[:4], feature_map=NPRF(tensors[4]))
+    with pytest.raises(GpuGradientError, match=f"up to {n - 1} queries and keys"):
+        out.sum().backward()

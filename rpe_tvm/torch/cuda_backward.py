@@ -34,7 +34,7 @@ class Gradients(NamedTuple):
 
 
 def check_length(n: int) -> None:
-    """Raise `GpuGradientError` if there are no gradients for n positions, the larger of queries and keys, on this GPU."""
+    """Raise `GpuGradientError` if there are no gradients for n positions, the larger of queries and keys, here."""
     if hip.is_hip():
         raise GpuGradientError(
             "There are no gradients of attention on AMD GPUs yet. Run it under torch.no_grad(), or move the tensors to "

@@ -195,15 +195,10 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
                 "rocm-gfx*."
             )
         if target.kind == "rocm":
-            if isinstance(config, TensorCoreConfig):
-                raise BuildError(
-                    f"The config {config.name} is for NVIDIA's tensor cores, and the target {target.id} has none: "
-                    "expected cuda-sm_*. AMD GPUs are served in float32."
-                )
-            if isinstance(config, GpuBackwardConfig):
+            if type(config) is not GpuAttentionConfig:
                 raise BuildError(
                     f"The config {config.name} is for NVIDIA GPUs, and the target {target.id} is none: expected "
-                    "cuda-sm_*. There are no gradients on AMD GPUs yet."
+                    "cuda-sm_*. On AMD GPUs there is attention in float32, without gradients."
                 )
             return lower_rocm.lower(config)
         if isinstance(config, TensorCoreConfig):

@@ -16,6 +16,7 @@ from rpe_tvm.errors import GpuGradientError
 from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.runtime import GpuInstance
+from rpe_tvm.torch import hip
 from rpe_tvm.torch.backward import bias_gradient
 from rpe_tvm.torch.layouts import last_axis_contiguous
 
@@ -33,7 +34,12 @@ class Gradients(NamedTuple):
 
 
 def check_length(n: int) -> None:
-    """Raise `GpuGradientError` if there are no gradients for n positions, the larger of queries and keys."""
+    """Raise `GpuGradientError` if there are no gradients for n positions, the larger of queries and keys, here."""
+    if hip.is_hip():
+        raise GpuGradientError(
+            "There are no gradients of attention on AMD GPUs yet. Run it under torch.no_grad(), or move the tensors to "
+            "the CPU (.cpu()), where gradients are compiled."
+        )
     if n > gpu_backward.LONGEST:
         raise GpuGradientError(
             f"Gradients of attention on GPUs serve up to {gpu_backward.LONGEST} queries and keys so far, got {n}. Run "

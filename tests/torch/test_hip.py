@@ -25,6 +25,7 @@ from rpe_tvm.errors import (  # noqa: E402
     ArtefactError,
     CompilerNotFoundError,
     DTypeError,
+    GpuGradientError,
     GpuNotFoundError,
     HipError,
     ShapeError,
@@ -32,7 +33,7 @@ from rpe_tvm.errors import (  # noqa: E402
 from rpe_tvm.plan import gpu_buffers, rocm  # noqa: E402
 from rpe_tvm.plan.gpu import GpuAttentionConfig  # noqa: E402
 from rpe_tvm.runtime import GpuInstance, load_hip  # noqa: E402
-from rpe_tvm.torch import cuda, dispatch, hip  # noqa: E402
+from rpe_tvm.torch import cuda, cuda_backward, dispatch, hip  # noqa: E402
 
 pytestmark = pytest.mark.compile
 
@@ -195,3 +196,5 @@ def test_torch_for_rocm_takes_the_code_object(
         dispatch.use_artefacts(None)
     assert loaded == [(tmp_path.resolve() / config.name, "gfx942", hip.stream)]
     assert hip.is_hip()
+    with pytest.raises(GpuGradientError, match="no gradients of attention on AMD GPUs yet"):
+        cuda_backward.check_length(100)

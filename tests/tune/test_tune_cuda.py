@@ -249,7 +249,7 @@ def test_building_keeps_reasons_and_what_is_there(tmp_path, monkeypatch):
     artefact = tmp_path / "artefact"
     artefact.mkdir()
     for name in ("lib.so", "manifest.json"):
-        (artefact / name).write_text("{}")
+        (artefact / name).write_text('{"library": {"file": "lib.so"}}')
 
     def compile_operator(config, target):
         assert target.architectures == ("sm_90",)

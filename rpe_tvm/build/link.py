@@ -123,6 +123,11 @@ def link(code: Path, library: Path, machine: str = "") -> None:
     _call([*compiler, *LINK_FLAGS, "-o", str(library), str(code), str(_addon_object(compiler, machine))])
 
 
+def compile_library(source: Path, library: Path, machine: str = "") -> None:
+    """Compile one C++ file, with OpenMP, to the shared library `library` for `machine`."""
+    _call([*find_compiler(machine), *ADDON_FLAGS, *LINK_FLAGS, "-o", str(library), str(source)])
+
+
 def link_with_device(objects: Sequence[Path], data: Path, library: Path) -> None:
     """Link objects of host code and packed device code (`rpe_tvm.build.device_code.blob`) into `library`."""
     code = b"".join(path.read_bytes() for path in objects)

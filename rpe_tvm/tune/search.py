@@ -20,7 +20,7 @@ from tvm.s_tir import meta_schedule as ms
 from rpe_tvm.build.workloads import tuning_workload
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules.cpu_schedules import CpuSchedules
+from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.tune.builder import local_builder
 from rpe_tvm.tune.runner import CheckingRunner, Settings
 
@@ -121,7 +121,7 @@ def search(
     target: tvm.target.Target,
     directory: Path,
     *,
-    schedules: CpuSchedules,
+    machine: str,
     trials: int,
     seconds: float,
     settings: Settings,
@@ -137,8 +137,8 @@ def search(
         TVM's target, with `num-cores`.
     directory : Path
         Place of the database; trials that it already holds count.
-    schedules : CpuSchedules
-        Whose design space is searched.
+    machine : str
+        As of `TargetSpec.machine`: decides whose design space is searched, and how candidates are linked.
     trials, seconds : int, float
         Budget: the search ends with whichever is spent first.
     settings : Settings
@@ -149,7 +149,7 @@ def search(
     Raises
     ------
     TuningError
-        If no candidate was valid; with the first build or run error.
+        If no candidate was valid, with the first build or run error; or if there is no place left to run them.
     """
     database = open_database(directory)
     left = trials - len(database)
@@ -169,7 +169,7 @@ def search(
         population_size=2 * BATCH, init_min_unmeasured=BATCH, genetic_num_iters=2, genetic_max_fail_count=2
     )
     space = ms.space_generator.ScheduleFn(
-        lambda sch: schedules.space(sch, config),
+        lambda sch: schedules_of(machine).space(sch, config),
         sch_rules=[],
         postprocs=[],
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},
@@ -186,6 +186,8 @@ def search(
             num_threads=cores,
             logger=logging.getLogger(__name__),
         )
+    runner = CheckingRunner(settings)
+    batch = min(max(BATCH, settings.place.jobs), left)
     interrupted: list[int] = []
     try:
         with _noted_interrupts(interrupted):
@@ -194,9 +196,9 @@ def search(
                 task_weights=[1.0],
                 work_dir=str(directory),
                 max_trials_global=left,
-                num_trials_per_iter=min(BATCH, left),
-                builder=local_builder(cores),
-                runner=CheckingRunner(settings),
+                num_trials_per_iter=batch,
+                builder=local_builder(cores, machine),
+                runner=runner,
                 database=database,
                 cost_model=ms.cost_model.XGBModel(num_warmup_samples=2 * BATCH, num_tuning_cores=cores, verbose_eval=0),
                 measure_callbacks=callbacks,
@@ -205,6 +207,8 @@ def search(
         # an exception that passes through TVM comes back as another object: only flags tell what it was
         if interrupted:
             raise KeyboardInterrupt from error
+        if runner.stopped is not None:
+            raise runner.stopped from error
         if not watch.time_is_up:
             raise
     records = valid_records(database)

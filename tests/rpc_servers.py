@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 from tvm import rpc
 
 
@@ -18,19 +20,34 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-class Server:
-    """A tracker or a server with the worker process that it starts, in a process group of their own."""
+def hide_torch(directory: Path) -> str:
+    """Make a directory in which Python finds a torch that cannot be imported."""
+    (directory / "torch.py").write_text('raise ImportError("hidden")\n')
+    return str(directory)
 
-    def __init__(self, module: str, *arguments: str) -> None:
+
+class Server:
+    """A tracker or a server with the worker process that it starts, in a process group of their own.
+
+    `without_torch` is a directory that hides torch, which tvm_ffi imports where it is installed and boards have not.
+    """
+
+    def __init__(self, without_torch: str, module: str, *arguments: str) -> None:
         self.port = free_port()
         ports = ["--port", str(self.port), "--port-end", str(self.port + 1)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"tvm.exec.{module}", "--host", "127.0.0.1", *ports, *arguments],
-            env={**os.environ, "TVM_USE_RUNTIME_LIB": "1"},
+            env={**os.environ, "TVM_USE_RUNTIME_LIB": "1", "PYTHONPATH": without_torch},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+
+    def wait_for_session(self) -> None:
+        """Wait until a client has a session, which is a process of its own."""
+        main = psutil.Process(self._process.pid)
+        while len(main.children(recursive=True)) < 2:
+            time.sleep(0.1)
 
     def kill(self) -> None:
         """As if the board had lost its power, but that the system still closes its connections."""
@@ -44,13 +61,16 @@ class Boards:
 
     key = "board"
 
-    def __init__(self) -> None:
-        self.tracker = Server("rpc_tracker")
+    def __init__(self, without_torch: str) -> None:
+        self._without_torch = without_torch
+        self.tracker = Server(without_torch, "rpc_tracker")
         self._boards: list[Server] = []
 
     def start(self) -> Server:
         """Start a board and return it; it is there seconds later."""
-        board = Server("rpc_server", "--tracker", f"127.0.0.1:{self.tracker.port}", "--key", self.key)
+        board = Server(
+            self._without_torch, "rpc_server", "--tracker", f"127.0.0.1:{self.tracker.port}", "--key", self.key
+        )
         self._boards.append(board)
         return board
 

@@ -21,7 +21,7 @@ from rpe_tvm.tune.measure import ROUNDS
 # how much longer than the board, which ends a session that takes too long, this side waits for it
 GRACE_SECONDS = 10
 # calls that are timed one by one in a round, at most
-MAX_REPEATS = 1000
+MAX_REPEATS = 100_000
 
 # seconds of each of so many calls
 Timer = Callable[[int], "tuple[float, ...]"]

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +28,20 @@ import rpc_servers
 
 pytestmark = pytest.mark.compile
 
+ROOT = Path(__file__).resolve().parents[2]
 TARGET = targets.detect()
 CONFIG = AttentionConfig(8, 16, 64, "direct", tile=(64, 64), lanes=TARGET.lanes)
 
 
 @pytest.fixture(scope="module")
-def servers():
+def servers(tmp_path_factory):
     """A tracker with one board."""
-    started = rpc_servers.Boards()
+    without_torch = rpc_servers.hide_torch(tmp_path_factory.mktemp("without_torch"))
+    started = rpc_servers.Boards(without_torch)
     started.board = started.start()
-    yield started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{without_torch}:{ROOT}")  # of what builds candidates, which then starts sooner
+        yield started
     started.stop()
 
 
@@ -112,7 +117,8 @@ class Killer:
         return self.boards.measure(contestants, threads, 3.0, timeout)
 
     def _kill(self):
-        self.servers.wait_for(free=0)
+        self.servers.board.wait_for_session()
+        time.sleep(0.5)
         self.servers.board.kill()
         if self.returns:
             self.servers.board = self.servers.start()

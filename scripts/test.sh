@@ -8,6 +8,8 @@ step() {
   printf '\n== %s\n' "$1"
 }
 
+step "Debian packages"
+bash scripts/debian_packages.sh
 step "ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

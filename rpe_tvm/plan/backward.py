@@ -69,7 +69,8 @@ def direct_config(num_features: int, head_dim: int, lanes: int) -> BackwardConfi
 
 def fft_rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
     """Return the config of the gradients of a bucket by FFT from operation counts alone; arguments as of `choose`."""
-    fft = wisdom.fft_config(num_features, head_dim, length, wisdom.fft_lanes(target_id, lanes))
+    lanes, largest = wisdom.fft_lanes(target_id, lanes), wisdom.largest_radix(target_id)
+    fft = wisdom.fft_config(num_features, head_dim, length, lanes, largest)
     return BackwardConfig(num_features, head_dim, fft.length, "fft", fft.outer, fft.inner, lanes=fft.lanes)
 
 

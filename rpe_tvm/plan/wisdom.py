@@ -11,7 +11,7 @@ from typing import Any
 
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan.buckets import bucket_length
-from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.config import RADICES, AttentionConfig
 
 LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
 
@@ -85,23 +85,30 @@ def records(target_id: str, kind: type[AttentionConfig] = AttentionConfig) -> tu
     return tuple(Wisdom(kind.from_json(e["config"]), e["ms"], e["default_ms"]) for e in entries)
 
 
-def greedy_radices(points: int) -> tuple[int, ...] | None:
-    """Factor into few radices of 8, 5, 4, 3 and 2, or return None if another prime is left."""
+def largest_radix(target_id: str) -> int:
+    """Return the largest radix of a target: 8 complex vectors fill the 16 registers of 32-bit ARM."""
+    return 5 if target_id.startswith("armv7") else max(RADICES)
+
+
+def greedy_radices(points: int, largest: int = max(RADICES)) -> tuple[int, ...] | None:
+    """Factor into few radices of 8, 5, 4, 3 and 2 up to `largest`, or return None if another prime is left."""
     radices = []
     for radix in (8, 5, 3, 4, 2):
-        while points % radix == 0:
+        while radix <= largest and points % radix == 0:
             radices.append(radix)
             points //= radix
     return tuple(radices) if points == 1 else None
 
 
-def factorisations(length: int, count: int = 4) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def factorisations(
+    length: int, count: int = 4, largest: int = max(RADICES)
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return the most promising (outer, inner) radices: few stages, halves of like size."""
     found = []
     for n1 in range(2, length // 2 + 1):
         if length % n1:
             continue
-        outer, inner = greedy_radices(n1), greedy_radices(length // n1)
+        outer, inner = greedy_radices(n1, largest), greedy_radices(length // n1, largest)
         if outer is None or inner is None:
             continue
         stages = len(outer) + len(inner)
@@ -121,9 +128,11 @@ def fft_lanes(target_id: str, lanes: int) -> int:
     return 8 if target_id.endswith("znver4") else lanes
 
 
-def fft_config(num_features: int, head_dim: int, length: int, lanes: int) -> AttentionConfig:
-    """Return the default config of the fft algorithm."""
-    outer, inner = factorisations(length, 1)[0]
+def fft_config(
+    num_features: int, head_dim: int, length: int, lanes: int, largest: int = max(RADICES)
+) -> AttentionConfig:
+    """Return the default config of the fft algorithm, with radices up to `largest`."""
+    outer, inner = factorisations(length, 1, largest)[0]
     # fewer lanes where more would be filled up with zeros
     while lanes > 4 and -(-head_dim // lanes) * lanes < -(-head_dim // (2 * lanes)) * 2 * lanes:
         lanes //= 2
@@ -136,7 +145,7 @@ def rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: i
     fft = 10 * length * math.log2(length) * num_features * head_dim / _FFT_RATE
     if direct <= fft:
         return direct_config(num_features, head_dim, length, lanes)
-    return fft_config(num_features, head_dim, length, fft_lanes(target_id, lanes))
+    return fft_config(num_features, head_dim, length, fft_lanes(target_id, lanes), largest_radix(target_id))
 
 
 def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> AttentionConfig:
@@ -168,4 +177,6 @@ def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int)
         return nearest
     if nearest.algorithm == "direct":
         return replace(nearest, length=length)
-    return replace(fft_config(num_features, head_dim, length, nearest.lanes), lanes=nearest.lanes)
+    return replace(
+        fft_config(num_features, head_dim, length, nearest.lanes, largest_radix(target_id)), lanes=nearest.lanes
+    )

@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import tvm
+
+from rpe_tvm.targets import TargetSpec, to_tvm
+
 _LABEL = re.compile(r"([.\w$]+):")
 # a jump to a label: b.ne .LBB0_1, cbz x1, .LBB0_1, tbnz w1, #3, .LBB0_1, bne .LBB0_1, jne .LBB0_1
 _JUMP = re.compile(r"(?:b|cb|tb|j)[\w.]*\s+(?:.*,\s*)?(\.L[\w$]+)$")
@@ -32,6 +36,13 @@ class Loop:
     def count(self, pattern: str) -> int:
         """Return how many instructions match a regular expression from their beginning."""
         return sum(re.match(pattern, instruction) is not None for instruction in self.instructions)
+
+
+def assembly_of(function: tvm.tirx.PrimFunc, target: TargetSpec) -> str:
+    """Return what a scheduled function is compiled to."""
+    name = str(function.attrs["global_symbol"])
+    text: str = tvm.compile(tvm.IRModule({name: function}), to_tvm(target)).mod.inspect_source("asm")
+    return text
 
 
 def innermost_loops(assembly: str) -> list[Loop]:

@@ -32,7 +32,7 @@ def candidates(op: str, target: TargetSpec, length: int, num_features: int, head
         for lanes in sorted({8, target.lanes}):
             if head_dim % (2 * lanes):
                 continue
-            for outer, inner in wisdom.factorisations(length, 3):
+            for outer, inner in wisdom.factorisations(length, 3, wisdom.largest_radix(target.id)):
                 found.append(TUNED[op](num_features, head_dim, length, "fft", outer, inner, lanes=lanes))
     default = rule(op, target, length, num_features, head_dim)
     return found if default in found else [default, *found]

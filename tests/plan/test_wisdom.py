@@ -58,3 +58,12 @@ def test_there_is_a_valid_config_for_everything(n, m, d, lanes):
 @given(st.integers(1, 10**6))
 def test_every_bucket_has_a_factorisation(n):
     assert wisdom.factorisations(bucket_length(n))
+
+
+def test_radices_fit_the_registers_of_32_bit_arm():
+    for n in (1000, 2000, 5000):
+        small, large = (
+            wisdom.rule(target, bucket_length(n), 1, 64, 4) for target in ("armv7-cortex-a7", "aarch64-any")
+        )
+        assert max(small.outer + small.inner) <= 5 and max(large.outer + large.inner) == 8
+    assert wisdom.fft_config(32, 64, 2048, 4, 5).description == "fft 4.4.2x4.4.4"

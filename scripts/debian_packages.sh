@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Installs Debian packages where that is possible, and otherwise says what is missing. Never fails: tests that need a
+# missing one are skipped.
+#   bash scripts/debian_packages.sh [PACKAGE...]    without packages: those of the tests
+set -u
+
+packages=("$@")
+if [ ${#packages[@]} -eq 0 ]; then
+  # cross compilers and the emulator for ARM
+  packages=(g++-aarch64-linux-gnu g++-arm-linux-gnueabihf qemu-user-static)
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+  [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+give_up() {
+  printf 'not installed: %s (%s); tests that need them are skipped\n' "${missing[*]}" "$1"
+  exit 0
+}
+command -v apt-get >/dev/null || give_up "no apt-get here"
+[ "$(id -u)" -eq 0 ] || give_up "only root can: apt-get install ${missing[*]}"
+echo "installing ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+install() {
+  apt-get install --yes --no-install-recommends "${missing[@]}" >>"$log" 2>&1
+}
+install || { apt-get update >>"$log" 2>&1 && install; } || give_up "apt-get failed: $(tail -n 1 "$log")"

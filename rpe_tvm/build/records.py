@@ -53,8 +53,7 @@ class Record:
             tuned.trace.apply_to_schedule(sch, remove_postproc=False)
         except (tvm.error.InternalError, tvm.s_tir.ScheduleError, RuntimeError, ValueError) as error:
             raise TuningError(
-                f"The tuned record of {self.config.name} does not replay: {error}. "
-                "Tune again: python scripts/tune_x86.py."
+                f"The tuned record of {self.config.name} does not replay: {error}. Tune again (docs/tuning.md)."
             ) from error
 
     def to_json(self) -> dict[str, Any]:

@@ -96,5 +96,8 @@ def finish(make: Callable[[], Run], *, resume: bool) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Finished records are kept; go on with --resume.", file=sys.stderr)
         return 130
-    print(f"Logs: {run.log}. See them with: python -m rpe_tvm info")
+    if run.place.device.get(wisdom.EMULATED):
+        print(f"Logs: {run.log}. Times of an emulator mean nothing: these logs are for a look, and refused otherwise.")
+    else:
+        print(f"Logs: {run.log}. See them with: python -m rpe_tvm info")
     return 0

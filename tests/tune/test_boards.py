@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tvm.s_tir import meta_schedule as ms
 
 from rpe_tvm import targets
 from rpe_tvm.build import records
@@ -20,8 +21,8 @@ from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.tune import arm_cli, inputs, search, session, verify
 from rpe_tvm.tune.boards import Boards, Connection
 from rpe_tvm.tune.builder import build_schedules
-from rpe_tvm.tune.measure import Contestant
-from rpe_tvm.tune.runner import Settings
+from rpe_tvm.tune.measure import Contestant, Timing
+from rpe_tvm.tune.runner import CheckingRunner, Settings
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import rpc_servers
@@ -100,6 +101,22 @@ def test_a_bad_candidate_fails_and_the_board_goes_on(boards, run, case_file, tmp
     assert not again.failure
 
 
+def test_candidates_run_on_several_boards_at_once(case_file):
+    meeting = threading.Barrier(2, timeout=10)  # broken where one waits for the other to finish
+
+    class TwoBoards:
+        jobs = 2
+        device = {"device": "two boards"}
+
+        def measure(self, contestants, threads, seconds, timeout):
+            meeting.wait()
+            return [Timing((float(contestants[0].library.name),), 0.0)]
+
+    candidates = [ms.runner.RunnerInput(f"/{k}", "llvm", []) for k in range(4)]
+    results = CheckingRunner(Settings(case_file, 1, place=TwoBoards())).run(candidates)
+    assert [float(result.result().run_secs[0]) for result in results] == [0, 1, 2, 3]
+
+
 class Killer:
     """One board whose server is killed in the middle of the first call, and started again if asked to."""
 
@@ -160,9 +177,10 @@ def test_a_search_survives_a_killed_server_and_resumes(boards, servers, run, cas
     assert lines[:2] == before and len(lines) == 4
 
 
-def test_logs_of_an_emulated_board_are_refused_everywhere(servers, tmp_path, monkeypatch, capfd):
+def test_logs_of_an_emulated_board_are_refused_everywhere(servers, connection, tmp_path, monkeypatch, capfd):
     servers.start()
     servers.wait_for(free=2)
+    assert Boards.connect(connection, TARGET, tmp_path).jobs == 2
     work, logs = tmp_path / "work", tmp_path / "logs"
     command = ["--tracker", f"127.0.0.1:{servers.tracker.port}", "--key", servers.key, "--target", TARGET.mcpu]
     command += ["--lengths", "64", "--features", "8", "--head-dim", "16", "--trials", "2", "--seconds", "300"]

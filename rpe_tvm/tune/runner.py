@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,24 +60,32 @@ class _Done(ms.runner.PyRunnerFuture):  # type: ignore[misc]
 class CheckingRunner(ms.runner.PyRunner):  # type: ignore[misc]
     """Runs candidates in processes of their own; a wrong result is an error, never a record.
 
-    Where there is no place left to run them, `stopped` holds the reason, and nothing of the batch counts as tried.
+    Where there is no place left to run them, `stopped` holds the reason, and nothing of the batch counts as tried; nor
+    does it where `interrupts`, which Ctrl-C fills, is not empty before or after.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, interrupts: Sequence[int] = ()) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.interrupts = settings, interrupts
         self.stopped: RpeTvmError | None = None
 
     def run(self, runner_inputs: list[Any]) -> list[Any]:
+        self._raise_interrupt()
         libraries = [str(candidate.artifact_path) for candidate in runner_inputs]
         pool = ThreadPoolExecutor(self.settings.place.jobs)
         try:
-            return [_Done(result) for result in pool.map(self._result, libraries)]
+            results = [_Done(result) for result in pool.map(self._result, libraries)]
         except RpeTvmError as error:
             self.stopped = error
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+        self._raise_interrupt()  # it may have ended the candidates' processes, too
+        return results
+
+    def _raise_interrupt(self) -> None:
+        if self.interrupts:
+            raise KeyboardInterrupt
 
     def _result(self, library: str) -> ms.runner.RunnerResult:
         settings = self.settings

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -34,11 +35,14 @@ Progress = Callable[[int, "float | None"], None]
 
 @derived_object
 class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
-    """Reports progress after each batch, keeps the first error, and ends the search when the time is up."""
+    """Reports progress after each batch, keeps the first error, and ends the search when the time is up.
 
-    def __init__(self, progress: Progress, deadline: float) -> None:
+    It also ends it where `interrupts` is no longer empty.
+    """
+
+    def __init__(self, progress: Progress, deadline: float, interrupts: Sequence[int]) -> None:
         super().__init__()
-        self.progress, self.deadline = progress, deadline
+        self.progress, self.deadline, self.interrupts = progress, deadline, interrupts
         self.done = 0
         self.best: float | None = None
         self.first_error = ""
@@ -61,6 +65,8 @@ class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
                 self.best = seconds if self.best is None else min(self.best, seconds)
         self.done += len(builder_results)
         self.progress(self.done, self.best)
+        if self.interrupts:
+            raise KeyboardInterrupt
         if time.monotonic() > self.deadline:
             self.time_is_up = True
             raise RuntimeError("the time budget is spent")
@@ -85,7 +91,10 @@ def open_database(directory: Path) -> Any:
 
 @contextmanager
 def _noted_interrupts(noted: list[int]) -> Iterator[None]:
-    """Add to the list when Ctrl-C is pressed; KeyboardInterrupt is raised as ever."""
+    """Add to the list when Ctrl-C is pressed, and raise KeyboardInterrupt from the second time on.
+
+    An exception ends the process where TVM calls Python and expects none, so those who may raise one look at the list.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python interrupts the main thread only
         yield
         return
@@ -93,7 +102,9 @@ def _noted_interrupts(noted: list[int]) -> Iterator[None]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         noted.append(number)
-        raise KeyboardInterrupt
+        if len(noted) > 1:
+            raise KeyboardInterrupt
+        os.write(2, b"\nCtrl-C: ending after this step; once more to end at once\n")  # print is not for handlers
 
     signal.signal(signal.SIGINT, note)
     try:
@@ -156,7 +167,8 @@ def search(
     if left <= 0:
         return valid_records(database)
     logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
-    watch = _Watch(progress, time.monotonic() + seconds)
+    interrupted: list[int] = []
+    watch = _Watch(progress, time.monotonic() + seconds, interrupted)
     cores = int(target.attrs["num-cores"])
     callbacks = [
         ms.measure_callback.AddToDatabase(),
@@ -186,9 +198,8 @@ def search(
             num_threads=cores,
             logger=logging.getLogger(__name__),
         )
-    runner = CheckingRunner(settings)
+    runner = CheckingRunner(settings, interrupted)
     batch = min(max(BATCH, settings.place.jobs), left)
-    interrupted: list[int] = []
     try:
         with _noted_interrupts(interrupted):
             ms.tune.tune_tasks(
@@ -211,6 +222,8 @@ def search(
             raise runner.stopped from error
         if not watch.time_is_up:
             raise
+    if interrupted:  # after the last batch
+        raise KeyboardInterrupt
     records = valid_records(database)
     if not records:
         raise TuningError(

@@ -33,7 +33,7 @@ BELOW = {
     "build": {"errors", "files", "machine", "plan", "te", "schedules", "gpu_targets", "targets", "runtime"},
     "tune": {
         *("errors", "files", "plan", "te", "schedules", "gpu_targets", "targets", "build", "runtime", "reference"),
-        *("bench_problem", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
+        *("machine", "bench_problem", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
     },
     "edge": {"errors", "plan", "reference", "machine", "target_spec", "targets", "runtime"},
     "torch": {"errors", "plan", "runtime"},

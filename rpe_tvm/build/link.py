@@ -144,6 +144,11 @@ def link(code: Path, library: Path, machine: str = "", threads: Threads = "openm
     _call([*compiler, *_link_flags(threads), "-o", str(library), str(code), str(hooks), *libraries])
 
 
+def compile_library(source: Path, library: Path, machine: str = "") -> None:
+    """Compile one C++ file, with OpenMP, to the shared library `library` for `machine`."""
+    _call([*find_compiler(machine), *ADDON_FLAGS, *LINK_FLAGS, "-o", str(library), str(source)])
+
+
 def link_with_device(objects: Sequence[Path], data: Path, library: Path) -> None:
     """Link objects of host code and packed device code (`rpe_tvm.build.device_code.blob`) into `library`."""
     code = b"".join(path.read_bytes() for path in objects)

@@ -53,8 +53,7 @@ class Record:
             tuned.trace.apply_to_schedule(sch, remove_postproc=False)
         except (tvm.error.InternalError, tvm.s_tir.ScheduleError, RuntimeError, ValueError) as error:
             raise TuningError(
-                f"The tuned record of {self.config.name} does not replay: {error}. "
-                "Tune again: python scripts/tune_x86.py."
+                f"The tuned record of {self.config.name} does not replay: {error}. Tune again (docs/tuning.md)."
             ) from error
 
     def to_json(self) -> dict[str, Any]:
@@ -95,10 +94,17 @@ def workload_hash(function: tvm.tirx.PrimFunc) -> str:
 def find(
     config: AttentionConfig, target_id: str, make_workload: Callable[[AttentionConfig], tvm.tirx.PrimFunc]
 ) -> Record | None:
-    """Return the shipped record of this config, target and workload, or None."""
+    """Return the shipped record of this config, target and workload, or None.
+
+    Raises
+    ------
+    TuningError
+        If an emulator measured it.
+    """
     path = path_of(config, target_id)
     if not path.exists():
         return None
+    wisdom.refuse_emulated(wisdom.directory(target_id, config.op))
     record = read(path, type(config))
     if record.config != config or record.workload_hash != workload_hash(make_workload(config)):
         return None

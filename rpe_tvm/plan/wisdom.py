@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rpe_tvm.errors import TuningError
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.config import RADICES, AttentionConfig
 
 LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
+
+# Key in the manifest of logs that were measured on an emulated board.
+EMULATED = "emulated"
 
 # Sustained GFLOP/s of one thread, for the rule: direct runs near the peak of the multipliers, butterflies have
 # more additions and memory traffic (measured on znver4; their ratio is what counts).
@@ -43,9 +47,37 @@ def directory(target_id: str, op: str) -> Path:
     return LOGS / target_id / op
 
 
+def is_emulated(logs: Path) -> bool:
+    """Return whether the manifest of a directory of tuning logs says that an emulator measured them."""
+    manifest = logs / "manifest.json"
+    return manifest.exists() and bool(json.loads(manifest.read_text(encoding="utf-8")).get(EMULATED))
+
+
+def refuse_emulated(logs: Path) -> None:
+    """Raise where `is_emulated`.
+
+    Raises
+    ------
+    TuningError
+        If an emulator measured these logs.
+    """
+    if is_emulated(logs):
+        raise TuningError(
+            f"The tuning logs in {logs} were measured on an emulated board: their times mean nothing. Remove them, and "
+            "tune on hardware (docs/tuning.md)."
+        )
+
+
 @functools.cache
 def records(target_id: str, kind: type[AttentionConfig] = AttentionConfig) -> tuple[Wisdom, ...]:
-    """Return the measured choices that are shipped for a target and the operator of `kind`, empty if there are none."""
+    """Return the measured choices that are shipped for a target and the operator of `kind`, empty if there are none.
+
+    Raises
+    ------
+    TuningError
+        If an emulator measured them.
+    """
+    refuse_emulated(directory(target_id, kind.op))
     path = directory(target_id, kind.op) / "wisdom.json"
     if not path.exists():
         return ()

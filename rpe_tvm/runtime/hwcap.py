@@ -31,9 +31,14 @@ def arm_flags(machine: str) -> frozenset[str]:
     """The flags of this process's CPU; `machine` is ``aarch64`` or ``armv7``."""
     getauxval = ctypes.CDLL(None).getauxval
     getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return named_flags(machine, getauxval(_AT_HWCAP), getauxval(_AT_HWCAP2))
+
+
+def named_flags(machine: str, hwcap: int, hwcap2: int) -> frozenset[str]:
+    """The flags that both words of capabilities stand for; `machine` is ``aarch64`` or ``armv7``."""
     if machine == ARMV7:
-        return _named_bits(getauxval(_AT_HWCAP), _ARMV7)
-    return _named_bits(getauxval(_AT_HWCAP), _AARCH64) | _named_bits(getauxval(_AT_HWCAP2), _AARCH64_2)
+        return _named_bits(hwcap, _ARMV7)
+    return _named_bits(hwcap, _AARCH64) | _named_bits(hwcap2, _AARCH64_2)
 
 
 def _named_bits(value: int, names: str) -> frozenset[str]:

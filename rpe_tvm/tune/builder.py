@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -22,13 +23,13 @@ def build_function(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     return tvm.tirx.build(mod, target=target)
 
 
-def export_function(module: Any) -> str:
-    """Link a compiled module with our hooks into a library of its own directory."""
+def export_function(module: Any, machine: str = "") -> str:
+    """Link a module compiled for `machine` with our hooks, as operators are, into a library of its own directory."""
     directory = Path(tempfile.mkdtemp(prefix="rpe_tvm_candidate_"))
     code = directory / "code.o"
     module.write_to_file(str(code))
     library = directory / "lib.so"
-    link.link(code, library)
+    link.link(code, library, machine)
     return str(library)
 
 
@@ -36,20 +37,20 @@ def _build(mod: tvm.IRModule, target: tvm.target.Target, _params: Any) -> Any:
     return build_function(mod, target)
 
 
-def local_builder(workers: int | None = None) -> ms.builder.Builder:
-    """Return MetaSchedule's builder with our build and link functions."""
+def local_builder(workers: int | None = None, machine: str = "") -> ms.builder.Builder:
+    """Return MetaSchedule's builder with our build and link functions; candidates are linked for `machine`."""
     return ms.builder.LocalBuilder(
         max_workers=workers or os.cpu_count() or 1,
         timeout_sec=BUILD_TIMEOUT,
         f_build=_build,
-        f_export=export_function,
+        f_export=functools.partial(export_function, machine=machine),
     )
 
 
 def build_schedules(
-    schedules: Sequence[Schedule], target: tvm.target.Target, workers: int | None = None
+    schedules: Sequence[Schedule], target: tvm.target.Target, workers: int | None = None, machine: str = ""
 ) -> list[Path | str]:
     """Compile scheduled functions and return for each its library, or the error's text."""
     mods = [tvm.IRModule({"main": sch.mod["main"].with_attr("global_symbol", "main")}) for sch in schedules]
-    built = local_builder(workers).build([ms.builder.BuilderInput(mod, target) for mod in mods])
+    built = local_builder(workers, machine).build([ms.builder.BuilderInput(mod, target) for mod in mods])
     return [str(each.error_msg) if each.error_msg else Path(str(each.artifact_path)) for each in built]

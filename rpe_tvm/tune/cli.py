@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rpe_tvm.build.workloads import TUNED
 from rpe_tvm.errors import RpeTvmError
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.targets import TargetSpec
 from rpe_tvm.tune.options import numbers
 from rpe_tvm.tune.session import Run, tune
 
@@ -57,12 +58,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a tuning session; returns 1 with one message where nothing valid came out, 130 where interrupted."""
+    """Tune for this machine; returns 1 with one message where nothing valid came out, 130 where interrupted."""
     options = parser().parse_args(argv)
+    return finish(lambda: run_of(options, targets.detect()), resume=options.resume)
+
+
+def run_of(options: argparse.Namespace, target: TargetSpec) -> Run:
+    """Return the run that the options ask for."""
     preset = PRESETS[options.preset]
-    run = Run(
+    return Run(
         op=options.op,
-        target=targets.detect(),
+        target=target,
         lengths=options.lengths or preset.lengths,
         features=options.features or preset.features,
         head_dim=options.head_dim,
@@ -72,16 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         work_dir=options.work_dir.resolve(),
         logs=options.logs.resolve(),
     )
-    print(
-        f"Tuning {run.op} for {run.target.id} with {run.threads} threads: {len(run.pairs)} pairs of length and features"
-    )
+
+
+def finish(make: Callable[[], Run], *, resume: bool) -> int:
+    """Make a run and tune; returns the exit status."""
     try:
-        tune(run, resume=options.resume)
+        run = make()
+        print(
+            f"Tuning {run.op} for {run.target.id} on {run.place.device['device']} with {run.threads} threads: "
+            f"{len(run.pairs)} pairs of length and features",
+            flush=True,
+        )
+        tune(run, resume=resume)
     except RpeTvmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Finished records are kept; go on with --resume.", file=sys.stderr)
         return 130
-    print(f"Logs: {run.logs / run.target.id / run.op}. See them with: python -m rpe_tvm info")
+    if run.place.device.get(wisdom.EMULATED):
+        print(f"Logs: {run.log}. Times of an emulator mean nothing: these logs are for a look, and refused otherwise.")
+    else:
+        print(f"Logs: {run.log}. See them with: python -m rpe_tvm info")
     return 0

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# relative RMS error over what is checked of an output; right candidates are at about 3e-7
-TOLERANCE = 1e-5
 ROUNDS = 5
 
 
@@ -82,6 +80,7 @@ def _main(job: dict[str, Any]) -> list[dict[str, Any]]:
     import tvm_ffi
 
     from rpe_tvm.runtime.operator import aligned_empty
+    from rpe_tvm.tune.case import Case
 
     ctypes.CDLL("libgomp.so.1").omp_set_num_threads(job["threads"])
 
@@ -90,30 +89,18 @@ def _main(job: dict[str, Any]) -> list[dict[str, Any]]:
         copy[...] = array
         return copy
 
-    files = {path: np.load(path) for path in {inputs for _, inputs in job["contestants"]}}
-
-    def numbered(file: Any, name: str) -> list[Any]:
-        return [file[f"{name}{k}"] for k in range(sum(key.startswith(name) for key in file))]
-
-    arguments = {path: [aligned(each) for each in numbered(file, "argument")] for path, file in files.items()}
+    cases = {path: Case.load(Path(path)) for path in {inputs for _, inputs in job["contestants"]}}
+    arguments = {path: [aligned(each) for each in case.arguments] for path, case in cases.items()}
     calls: list[Callable[[], Any]] = []
     answers: list[dict[str, Any]] = []
     for library, inputs in job["contestants"]:
-        function, arrays, file = tvm_ffi.load_module(library)["main"], arguments[inputs], files[inputs]
-        outputs = [aligned_empty(tuple(shape)) for shape in numbered(file, "shape")]
+        function, arrays, case = tvm_ffi.load_module(library)["main"], arguments[inputs], cases[inputs]
+        outputs = [aligned_empty(output.shape) for output in case.outputs]
         for output in outputs:
             output[...] = np.nan
         call = functools.partial(function, *arrays, *outputs)
         call()
-        errors = [
-            float(np.linalg.norm(output.ravel()[index].sum(-1, dtype=float) - expected) / np.linalg.norm(expected))
-            for output, index, expected in zip(
-                outputs, numbered(file, "index"), numbered(file, "expected"), strict=True
-            )
-        ]
-        error = max(errors, key=lambda each: np.inf if np.isnan(each) else each)
-        # written so that NaN fails
-        failure = "" if error <= TOLERANCE else f"wrong result: relative error {error:.1e}, allowed {TOLERANCE:.0e}"
+        error, failure = case.check(outputs)
         calls.append(call)
         answers.append({"seconds": [], "error": error, "failure": failure})
     for _ in range(ROUNDS):

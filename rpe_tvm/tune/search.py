@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -20,7 +21,7 @@ from tvm.s_tir import meta_schedule as ms
 from rpe_tvm.build.workloads import tuning_workload
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules.cpu_schedules import CpuSchedules
+from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.tune.builder import local_builder
 from rpe_tvm.tune.runner import CheckingRunner, Settings
 
@@ -34,11 +35,14 @@ Progress = Callable[[int, "float | None"], None]
 
 @derived_object
 class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
-    """Reports progress after each batch, keeps the first error, and ends the search when the time is up."""
+    """Reports progress after each batch, keeps the first error, and ends the search when the time is up.
 
-    def __init__(self, progress: Progress, deadline: float) -> None:
+    It also ends it where `interrupts` is no longer empty.
+    """
+
+    def __init__(self, progress: Progress, deadline: float, interrupts: Sequence[int]) -> None:
         super().__init__()
-        self.progress, self.deadline = progress, deadline
+        self.progress, self.deadline, self.interrupts = progress, deadline, interrupts
         self.done = 0
         self.best: float | None = None
         self.first_error = ""
@@ -61,6 +65,8 @@ class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
                 self.best = seconds if self.best is None else min(self.best, seconds)
         self.done += len(builder_results)
         self.progress(self.done, self.best)
+        if self.interrupts:
+            raise KeyboardInterrupt
         if time.monotonic() > self.deadline:
             self.time_is_up = True
             raise RuntimeError("the time budget is spent")
@@ -85,7 +91,10 @@ def open_database(directory: Path) -> Any:
 
 @contextmanager
 def _noted_interrupts(noted: list[int]) -> Iterator[None]:
-    """Add to the list when Ctrl-C is pressed; KeyboardInterrupt is raised as ever."""
+    """Add to the list when Ctrl-C is pressed, and raise KeyboardInterrupt from the second time on.
+
+    An exception ends the process where TVM calls Python and expects none, so those who may raise one look at the list.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python interrupts the main thread only
         yield
         return
@@ -93,7 +102,9 @@ def _noted_interrupts(noted: list[int]) -> Iterator[None]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         noted.append(number)
-        raise KeyboardInterrupt
+        if len(noted) > 1:
+            raise KeyboardInterrupt
+        os.write(2, b"\nCtrl-C: ending after this step; once more to end at once\n")  # print is not for handlers
 
     signal.signal(signal.SIGINT, note)
     try:
@@ -121,7 +132,7 @@ def search(
     target: tvm.target.Target,
     directory: Path,
     *,
-    schedules: CpuSchedules,
+    machine: str,
     trials: int,
     seconds: float,
     settings: Settings,
@@ -137,8 +148,8 @@ def search(
         TVM's target, with `num-cores`.
     directory : Path
         Place of the database; trials that it already holds count.
-    schedules : CpuSchedules
-        Whose design space is searched.
+    machine : str
+        As of `TargetSpec.machine`: decides whose design space is searched, and how candidates are linked.
     trials, seconds : int, float
         Budget: the search ends with whichever is spent first.
     settings : Settings
@@ -149,14 +160,15 @@ def search(
     Raises
     ------
     TuningError
-        If no candidate was valid; with the first build or run error.
+        If no candidate was valid, with the first build or run error; or if there is no place left to run them.
     """
     database = open_database(directory)
     left = trials - len(database)
     if left <= 0:
         return valid_records(database)
     logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
-    watch = _Watch(progress, time.monotonic() + seconds)
+    interrupted: list[int] = []
+    watch = _Watch(progress, time.monotonic() + seconds, interrupted)
     cores = int(target.attrs["num-cores"])
     callbacks = [
         ms.measure_callback.AddToDatabase(),
@@ -169,7 +181,7 @@ def search(
         population_size=2 * BATCH, init_min_unmeasured=BATCH, genetic_num_iters=2, genetic_max_fail_count=2
     )
     space = ms.space_generator.ScheduleFn(
-        lambda sch: schedules.space(sch, config),
+        lambda sch: schedules_of(machine).space(sch, config),
         sch_rules=[],
         postprocs=[],
         mutator_probs={ms.mutator.MutateTileSize(): 1.0},
@@ -186,7 +198,8 @@ def search(
             num_threads=cores,
             logger=logging.getLogger(__name__),
         )
-    interrupted: list[int] = []
+    runner = CheckingRunner(settings, interrupted)
+    batch = min(max(BATCH, settings.place.jobs), left)
     try:
         with _noted_interrupts(interrupted):
             ms.tune.tune_tasks(
@@ -194,9 +207,9 @@ def search(
                 task_weights=[1.0],
                 work_dir=str(directory),
                 max_trials_global=left,
-                num_trials_per_iter=min(BATCH, left),
-                builder=local_builder(cores),
-                runner=CheckingRunner(settings),
+                num_trials_per_iter=batch,
+                builder=local_builder(cores, machine),
+                runner=runner,
                 database=database,
                 cost_model=ms.cost_model.XGBModel(num_warmup_samples=2 * BATCH, num_tuning_cores=cores, verbose_eval=0),
                 measure_callbacks=callbacks,
@@ -205,8 +218,12 @@ def search(
         # an exception that passes through TVM comes back as another object: only flags tell what it was
         if interrupted:
             raise KeyboardInterrupt from error
+        if runner.stopped is not None:
+            raise runner.stopped from error
         if not watch.time_is_up:
             raise
+    if interrupted:  # after the last batch
+        raise KeyboardInterrupt
     records = valid_records(database)
     if not records:
         raise TuningError(

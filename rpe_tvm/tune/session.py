@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from rpe_tvm.targets import TargetSpec, to_tvm
 from rpe_tvm.tune import inputs, store
 from rpe_tvm.tune.builder import build_schedules
 from rpe_tvm.tune.candidates import candidates, rule
-from rpe_tvm.tune.measure import Contestant, Timing, measure
+from rpe_tvm.tune.measure import Contestant, Timing
+from rpe_tvm.tune.place import Place, ThisMachine
 from rpe_tvm.tune.runner import Settings
 from rpe_tvm.tune.search import search
 
@@ -42,7 +43,7 @@ class Run:
     op : {"attention", "backward"}
         The operator.
     target : TargetSpec
-        The CPU of this machine.
+        The CPU to compile for.
     lengths, features : tuple of int
         Sequence lengths (their buckets are tuned) and numbers of features m; all pairs.
     head_dim : int
@@ -55,6 +56,10 @@ class Run:
         Databases and intermediate results; a run that was interrupted goes on from there.
     logs : Path
         Directory of tuning logs that finished pairs are added to.
+    timeout : float
+        Seconds after which a candidate of MetaSchedule counts as failed.
+    place : Place
+        Where candidates run.
     """
 
     op: str
@@ -67,6 +72,13 @@ class Run:
     threads: int
     work_dir: Path
     logs: Path
+    timeout: float = 60.0
+    place: Place = field(default_factory=ThisMachine)
+
+    @property
+    def log(self) -> Path:
+        """Directory of the logs of this target and operator."""
+        return self.logs / self.target.id / self.op
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -85,13 +97,16 @@ def tune(run: Run, *, resume: bool) -> None:
     Raises
     ------
     TuningError
-        If the work directory holds another run's results and `resume` is not set, or if a pair has no valid candidate.
+        If the work directory holds another run's results and `resume` is not set, or another device's; if the logs are
+        no place for what this device measures; if a pair has no valid candidate, or there is no place left to run them.
     """
+    store.check(run.log, run.place.device)
     directory = run.work_dir / run.target.id / run.op
     if directory.exists() and not resume:
         raise TuningError(
             f"{directory} holds results of an earlier run. Add --resume to go on with it, or give another --work-dir."
         )
+    _check_device(directory / "device.json", run.place.device)
     with tqdm(run.pairs, unit="length", dynamic_ncols=True) as bar:
         for length, num_features in bar:
             bar.set_description(f"n={length} m={num_features}")
@@ -109,9 +124,20 @@ def tune(run: Run, *, resume: bool) -> None:
             )
 
 
+def _check_device(path: Path, device: Mapping[str, Any]) -> None:
+    """Write or compare what the results of a work directory were measured on."""
+    before = store.read_json(path)
+    if before is not None and before != device:
+        raise TuningError(
+            f"{path.parent} holds results of {before['device']}, and this run is on {device['device']}: their times do "
+            "not compare. Give another --work-dir."
+        )
+    write_json(path, device)
+
+
 def _publish(run: Run, result: dict[str, Any]) -> None:
     record = records.from_json(result["record"], TUNED[run.op])
-    store.publish(run.logs / run.target.id / run.op, result["entry"], record, result["where"])
+    store.publish(run.log, result["entry"], record, result["where"])
 
 
 def _save_inputs(config: AttentionConfig, place: Path) -> Path:
@@ -133,13 +159,13 @@ def _race(
     run: Run, entrants: list[tuple[AttentionConfig, Schedule]], place: Path
 ) -> list[tuple[AttentionConfig, Schedule, Timing]]:
     """Build and time scheduled configs in turns; return the valid ones in the order given."""
-    built = build_schedules([sch for _, sch in entrants], tvm_target(run), run.threads)
+    built = build_schedules([sch for _, sch in entrants], tvm_target(run), run.threads, run.target.machine)
     libraries = [library for library in built if isinstance(library, Path)]
     ready = [(config, sch) for (config, sch), path in zip(entrants, built, strict=True) if isinstance(path, Path)]
     contestants = [
         Contestant(library, _save_inputs(config, place)) for library, (config, _) in zip(libraries, ready, strict=True)
     ]
-    timings = measure(contestants, run.threads, RACE_SECONDS, MEASURE_TIMEOUT)
+    timings = run.place.measure(contestants, run.threads, RACE_SECONDS, MEASURE_TIMEOUT)
     for library in libraries:
         shutil.rmtree(library.parent, ignore_errors=True)
     valid = [(*entrant, timing) for entrant, timing in zip(ready, timings, strict=True) if not timing.failure]
@@ -152,7 +178,7 @@ def _race(
 def _tune_pair(run: Run, length: int, num_features: int, place: Path, bar: Any) -> dict[str, Any]:
     place.mkdir(parents=True, exist_ok=True)
     best, screened = _screen(run, length, num_features, place, bar)
-    settings = Settings(_save_inputs(best, place), run.threads)
+    settings = Settings(_save_inputs(best, place), run.threads, timeout=run.timeout, place=run.place)
     default_ms = next(ms for config, ms in screened if config == best)
 
     def progress(done: int, seconds: float | None) -> None:
@@ -163,7 +189,7 @@ def _tune_pair(run: Run, length: int, num_features: int, place: Path, bar: Any) 
         best,
         tvm_target(run),
         place / "database",
-        schedules=schedules_of(run.target.machine),
+        machine=run.target.machine,
         trials=run.trials,
         seconds=run.seconds,
         settings=settings,
@@ -194,7 +220,7 @@ def _tune_pair(run: Run, length: int, num_features: int, place: Path, bar: Any) 
         },
         "record": _record(run, config, winner, timing, len(found)).to_json(),
         "trials": len(found),
-        "where": store.environment(str(to_tvm(run.target)), run.threads),
+        "where": _where(run),
     }
 
 
@@ -220,9 +246,13 @@ def _finalists(config: AttentionConfig, found: list[Any]) -> Iterator[tuple[Atte
         yield config, sch
 
 
+def _where(run: Run) -> dict[str, Any]:
+    return store.environment(run.place.device, str(to_tvm(run.target)), run.threads)
+
+
 def _record(run: Run, config: AttentionConfig, sch: Schedule, timing: Timing, trials: int) -> records.Record:
     workload = tuning_workload(config)
-    provenance = {**store.environment(str(to_tvm(run.target)), run.threads), "trials": trials}
+    provenance = {**_where(run), "trials": trials}
     return records.Record(
         config,
         records.workload_hash(workload),

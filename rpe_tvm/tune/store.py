@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rpe_tvm.errors import TuningError
 from rpe_tvm.files import write_json
+from rpe_tvm.plan import wisdom
 
 if TYPE_CHECKING:
     from rpe_tvm.build.records import Record
@@ -42,19 +43,9 @@ def origin() -> dict[str, Any]:
     }
 
 
-def environment(target: str, threads: int) -> dict[str, Any]:
-    """Return what a measurement on a CPU depends on: device, threads, versions, commit, date."""
-    return {"device": cpu_name(), "threads": threads, "target": target, **origin()}
-
-
-def cpu_name() -> str:
-    """Return the CPU's name as the kernel gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def environment(device: Mapping[str, Any], target: str, threads: int) -> dict[str, Any]:
+    """Return what a measurement on a CPU depends on: device (as of `Place`), threads, versions, commit, date."""
+    return {**device, "threads": threads, "target": target, **origin()}
 
 
 def publish(directory: Path, entry: Mapping[str, Any], record: Record, where: Mapping[str, Any]) -> None:
@@ -70,9 +61,37 @@ def publish(directory: Path, entry: Mapping[str, Any], record: Record, where: Ma
         The tuned schedule.
     where : mapping
         From `environment`.
+
+    Raises
+    ------
+    TuningError
+        As `check`.
     """
+    check(directory, where)
     write_json(directory / "records" / f"{record.config.name}.json", record.to_json())
     add_entry(directory, entry, where)
+
+
+def check(directory: Path, device: Mapping[str, Any]) -> None:
+    """Refuse to add what an emulator measured to the package's logs or to those of hardware, and the other way round.
+
+    Raises
+    ------
+    TuningError
+        If `directory` is no place for results of `device`.
+    """
+    is_emulated = bool(device.get(wisdom.EMULATED))
+    if is_emulated and directory.resolve().is_relative_to(wisdom.LOGS.resolve()):
+        raise TuningError(
+            f"{device['device']}: times of an emulator mean nothing and never go to {wisdom.LOGS}. Give another "
+            "directory: --logs DIR."
+        )
+    manifest = read_json(directory / "manifest.json")
+    if manifest is not None and wisdom.is_emulated(directory) != is_emulated:
+        raise TuningError(
+            f"{directory} holds logs of {manifest['device']}, to which those of {device['device']} cannot be added: "
+            "one is emulated, the other is not. Give another directory: --logs DIR."
+        )
 
 
 def add_entry(directory: Path, entry: Mapping[str, Any], where: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ from rpe_tvm.errors import TuningError
 from rpe_tvm.files import write_json
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.tune import inputs, measure, search, session, store, verify
 from rpe_tvm.tune.builder import build_schedules
 from rpe_tvm.tune.cli import main
@@ -104,7 +103,7 @@ def test_wrong_candidates_are_never_timed(tmp_path):
     data["expected0"] = data["expected0"] * 1.001
     wrong = tmp_path / "wrong.npz"
     np.savez(wrong, **data)
-    (library,) = build_schedules([session._default(config)], session.tvm_target(_run(tmp_path)), 1)
+    (library,) = build_schedules([session._default(_run(tmp_path), config)], session.tvm_target(_run(tmp_path)), 1)
     right, refused = measure.measure(
         [measure.Contestant(library, file), measure.Contestant(library, wrong)], 1, 0.05, 60.0
     )
@@ -123,9 +122,8 @@ def test_a_crashing_candidate_is_a_failure_with_a_reason(tmp_path):
     assert timing.failure
 
 
-def test_nothing_valid_is_an_error_that_shows_the_first_one(tmp_path, monkeypatch):
+def test_nothing_valid_is_an_error_that_shows_the_first_one(tmp_path):
     config = AttentionConfig(8, 16, 64, "direct", tile=(64, 64), lanes=TARGET.lanes)
-    monkeypatch.setattr(measure, "TOLERANCE", -1.0)
     file = tmp_path / "inputs.npz"
     inputs.save(config, TUNING_HEADS, file)
     data = dict(np.load(file))
@@ -136,7 +134,7 @@ def test_nothing_valid_is_an_error_that_shows_the_first_one(tmp_path, monkeypatc
             config,
             session.tvm_target(_run(tmp_path)),
             tmp_path / "database",
-            schedules=schedules_of(TARGET.machine),
+            machine=TARGET.machine,
             trials=2,
             seconds=0.0,  # spent after the first batch
             settings=Settings(file, 1, seconds=0.05),
@@ -154,7 +152,7 @@ def test_an_interrupt_ends_the_search_and_keeps_its_trials(tmp_path):
             config,
             session.tvm_target(_run(tmp_path)),
             tmp_path / "database",
-            schedules=schedules_of(TARGET.machine),
+            machine=TARGET.machine,
             trials=100,
             seconds=300.0,
             settings=Settings(file, 1, seconds=0.05),

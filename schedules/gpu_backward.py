@@ -7,6 +7,9 @@ from tvm.s_tir import Schedule
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.schedules.gpu import Block, Loop, below, bind_grid, meet, pad_meetings, place, stages, unroll
 
+# Where a thread keeps the spectra of a side until it multiplies them.
+SCOPES = {"values": "shared.dyn", "grads": "local"}
+
 
 def denominators(sch: Schedule, config: GpuBackwardConfig) -> None:
     """Schedule `te.gpu_backward.denominators`: a block of threads for each (batch, head, feature, parity)."""
@@ -19,48 +22,69 @@ def denominators(sch: Schedule, config: GpuBackwardConfig) -> None:
     bind_grid(sch, b, h, block)
     sch.bind(q, "threadIdx.x")
     place(sch, chain, meetings, block, q, config.threads)
-    pad_meetings(sch, config.radices, meetings, inverse=True)
+    pad_meetings(sch, config.radices, meetings)
     sch.unroll(s)
 
 
-def fft_backward(sch: Schedule, config: GpuBackwardConfig) -> None:
-    """Schedule `te.gpu_backward.fft_backward`: a block of threads for each (batch, head, feature, parity)."""
-    chain, stage_count = stages(config.radices, inverse=True), len(config.radices)
-    ahead, back = chain[:stage_count], chain[stage_count:]
-    meetings = meet(sch, ahead) | meet(sch, back)
+def _chains(radices: tuple[int, ...], side: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Return (name, radix) of the stages of a side, there and back."""
+    chain = stages(radices, inverse=True, of=side)
+    return chain[: len(radices)], chain[len(radices) :]
 
-    sums = sch.get_sblock("sums")
-    b, h, feature, parity, kind, s, q, pair = sch.get_loops(sums)
-    sch.reorder(q, pair, kind, s)
+
+def fft_backward(sch: Schedule, config: GpuBackwardConfig) -> None:
+    """Schedule `te.gpu_backward.fft_backward`: a block of threads for each (batch, head, feature, parity).
+
+    One loop over pairs of channels for all results: the spectra of values, those of gradients, their correlation, and
+    both ways back. A thread keeps its values' spectra in shared memory, those of gradients in registers.
+    """
+    radices, threads = config.radices, config.threads
+    results = [sch.get_sblock(name) for name in ("correlation", "grad_of_grads", "grad_of_values")]
+    pairs = []
+    for result in results:
+        *outer, s, q, pair = sch.get_loops(result)
+        within, thread = sch.split(q, [None, config.threads])
+        sch.reorder(*outer[:4], thread, pair, within, *outer[4:], s)
+        pairs.append(pair)
+    sch.merge(*pairs)  # where the last one stands: after all that they need
+    b, h, feature, parity, q, pair = sch.get_loops(results[-1])[:6]
     block = sch.fuse(feature, parity)
     bind_grid(sch, b, h, block)
     sch.bind(q, "threadIdx.x")
-    result = sch.cache_write(sums, 0, "local")
-    sch.reverse_compute_at(result, q)
-    unroll(sch, below(sch, result, q))
+    for result in results:
+        written = sch.cache_write(result, 0, "local")
+        sch.reverse_compute_at(written, q)
+        unroll(sch, below(sch, written, q))
 
-    # `sums` reads the dots of its own thread: one position of a butterfly is left of their loops
-    dots = sch.get_sblock("dots")
-    sch.set_scope(dots, 0, "local")
-    sch.compute_at(dots, pair, preserve_unit_loops=True)
-    side, s, q = sch.get_loops(dots)[-3:]
-    sch.reorder(q, s)
-    first_butterfly = place(sch, back, meetings, side, q, config.threads)
-    unroll(sch, [side, s, _around(sch, meetings[back[0][0]][0], first_butterfly)])
-    # the first inverse stage reads what its own thread kept, which its loops do not say
-    kept = sch.get_sblock("kept")
-    sch.set_scope(kept, 0, "local")
-    sch.compute_at(kept, pair, preserve_unit_loops=True)
-    side, u, t, q, c = sch.get_loops(kept)[-5:]
-    sch.reorder(q, u, t, c)
-    sch.bind(q, "threadIdx.x")
-    place(sch, ahead, meetings, side, u, config.threads)
-    unroll(sch, [side, u, t, c])
-
-    pad_meetings(sch, config.radices, meetings, inverse=True)
-    unroll(sch, sch.get_loops(sums)[-2:])
-    sch.decompose_reduction(sums, pair)
-    unroll(sch, sch.get_loops(sch.get_sblock("sums_init"))[-2:])
+    meetings: dict[str, tuple[Block, Block]] = {}
+    for side in ("values", "grads"):
+        ahead, back = _chains(radices, side)
+        meetings |= meet(sch, ahead) | meet(sch, back)
+    for side in ("grads", "values"):
+        _, back = _chains(radices, side)
+        position = sch.get_loops(sch.get_sblock(f"grad_of_{side}"))[-2]
+        first_butterfly = place(sch, back, meetings, pair, position, threads)
+        unroll(sch, [sch.get_loops(sch.get_sblock(f"grad_of_{side}"))[-1]])
+        sch.unroll(_around(sch, meetings[back[0][0]][0], first_butterfly))
+    for side in ("values", "grads"):
+        ahead, _ = _chains(radices, side)
+        # the first inverse stage reads what its own thread kept, which its loops do not say
+        kept = sch.get_sblock(f"kept_{side}")
+        sch.set_scope(kept, 0, SCOPES[side])
+        sch.compute_at(kept, pair, preserve_unit_loops=True)
+        u, t, q, c = sch.get_loops(kept)[-4:]
+        sch.reorder(q, u, t, c)
+        sch.bind(q, "threadIdx.x")
+        place(sch, ahead, meetings, pair, u, threads)
+        unroll(sch, [u, t])
+        sch.vectorize(c)
+    for side in ("values", "grads"):
+        pad_meetings(sch, radices, meetings, of=side)
+    for result in results:
+        inner = below(sch, result, pair)
+        unroll(sch, inner)
+        start = sch.decompose_reduction(result, pair)
+        unroll(sch, sch.get_loops(start)[4:])
 
 
 def _around(sch: Schedule, block: Block, loop: Loop) -> Loop:

@@ -92,7 +92,7 @@ def rows(sch: Schedule, config: GpuAttentionConfig) -> None:
     sch.vectorize(c)
     first = gpu.place(sch, stages, meetings, block, thread, threads)
     _into_registers(sch, load, first, vectorized=True)
-    gpu.pad_meetings(sch, radices, meetings, inverse=True)
+    gpu.pad_meetings(sch, radices, meetings)
 
 
 def spectrum_columns(sch: Schedule, config: GpuAttentionConfig) -> None:
@@ -124,4 +124,4 @@ def spectrum_rows(sch: Schedule, config: GpuAttentionConfig) -> None:
     sch.vectorize(c)
     first = gpu.place(sch, stages, meetings, k1, thread, threads)
     _into_registers(sch, load, first, vectorized=True)
-    gpu.pad_meetings(sch, radices, meetings, inverse=False)
+    gpu.pad_meetings(sch, radices, meetings)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from rpe_tvm.plan import gpu
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 
-# at 8192 positions 512 threads have 128 registers each, and the sums of a feature need more, see docs/decisions.md
-LONGEST = 4096
+LONGEST = 8192
+
+# Blocks that a multiprocessor shall hold at once: 128 registers for each of 512 threads, with few spilled.
+BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 8, 8): 8, (16, 16, 8): 4, (16, 16, 16): 2}
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,9 @@ class GpuBackwardConfig(GpuAttentionConfig):
         return f"backward-m{self.num_features}-d{self.head_dim}-n{self.length}-{self.dtype}"
 
     @property
-    def of_values(self) -> GpuBackwardConfig:
-        """The config of the kernel of the values' gradient: an even number of channels.
-
-        Its channel of ones would share a complex number with an odd one, and g, divided by sums over all keys, would
-        lose digits beside it.
-        """
-        return replace(self, head_dim=self.head_dim + self.head_dim % 2)
+    def value_pairs(self) -> int:
+        """Pairs of the values' channels alone."""
+        return (self.head_dim + 1) // 2
 
 
 def choose(n: int, num_features: int, head_dim: int) -> GpuBackwardConfig:
@@ -63,5 +61,5 @@ def choose(n: int, num_features: int, head_dim: int) -> GpuBackwardConfig:
         raise ValueError(f"Invalid length: expected at most {LONGEST} positions for gradients on a GPU, got {n}.")
     length = gpu.gpu_bucket(n)
     radices = gpu.ROW_RADICES[length]
-    blocks_per_sm = gpu.BLOCKS_PER_SM.get(radices, 0)
+    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0)
     return GpuBackwardConfig(num_features, head_dim, length, radices, length // radices[0], blocks_per_sm=blocks_per_sm)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 
 # Of each of the two arrays between columns and rows, 256 MiB: enough blocks for all of a GPU. Arrays of 16 MiB, which
 # would stay in the second-level cache, took 31.7 ms in place of 17.3 at n = 65536 on an H100, of 512 MiB 17.0.
@@ -54,11 +55,21 @@ def denominator_terms(config: GpuAttentionConfig, batch: int, heads: int) -> tup
     return batch, heads, config.num_features, config.residues, config.length
 
 
-def channels(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
+def channels(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
     """Pairs of channels of values and of their gradient's rows, complex, twisted, `[2, B, H, pairs, 2, P, 2]`."""
-    return 2, batch, heads, config.pairs, config.residues, config.length, 2
+    return 2, batch, heads, config.pairs, 2, config.length, 2
 
 
-def backward_sums(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """Gradients of both features, and correlation by real and imaginary part, `[B, H, m, 2, 4, P]`."""
-    return batch, heads, config.num_features, config.residues, 4, config.length
+def correlation(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """Spectra of the weights' correlation by real and imaginary part, `[B, H, m, 2, 2, P]`."""
+    return batch, heads, config.num_features, 2, 2, config.length
+
+
+def grad_phi(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """What parities add to the gradient of the features of queries or of keys, `[B, H, m, 2, P]`."""
+    return batch, heads, config.num_features, 2, config.length
+
+
+def value_partial(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """Sums over features of the values' gradient, complex, `[B, H, (d + 1) / 2, 2, P, 2]`."""
+    return batch, heads, config.value_pairs, 2, config.length, 2

@@ -13,6 +13,18 @@ from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 _FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
 _FUSED = tuple(f"fused_{name}" for name in FEATURE_MAPS)
 _FORWARD = tuple(f"forward_{name}" for name in FEATURE_MAPS)
+_BACKWARD = (
+    "denominators",
+    "channels",
+    "backward",
+    "value_sums",
+    "grad_value",
+    "correlation_sums",
+    "weight_sums",
+    "grad_bias",
+    "gradients",
+)
+_OF_MAPS = tuple(f"{kind}_{name}" for kind in ("grad_features", "backward") for name in FEATURE_MAPS)
 # Where a transform fits into shared memory, and where its columns and rows take turns.
 _SHORT = ("spectrum", "attention")
 _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
@@ -21,7 +33,7 @@ _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
 def function_names(config: GpuConfig) -> tuple[str, ...]:
     """The names of the functions that are compiled for a config."""
     if isinstance(config, GpuBackwardConfig):
-        return (*_FEATURES, "largest", *_SHORT, "denominators", "backward")
+        return (*_FEATURES, "largest", "spectrum", *_BACKWARD, *_OF_MAPS)
     if isinstance(config, TensorCoreConfig):
         fused = _FUSED if gpu_direct.fused(config) else ()
         return (*_FEATURES, "weights", "attention", *_FORWARD, *fused)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
-from rpe_tvm.schedules.gpu import Block, Loop, below, bind_grid, meet, pad_meetings, place, stages, unroll
+from rpe_tvm.schedules.gpu import (
+    Block,
+    Loop,
+    below,
+    bind_grid,
+    entry,
+    meet,
+    pad_meetings,
+    place,
+    read_index,
+    stages,
+    unroll,
+)
 
-# Where a thread keeps the spectra of a side until it multiplies them.
+# Where a thread keeps the spectra of a side until it multiplies them: registers have room for those of one.
 SCOPES = {"values": "shared.dyn", "grads": "local"}
 
 
@@ -26,45 +40,55 @@ def denominators(sch: Schedule, config: GpuBackwardConfig) -> None:
     sch.unroll(s)
 
 
-def _chains(radices: tuple[int, ...], side: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Return (name, radix) of the stages of a side, there and back."""
-    chain = stages(radices, inverse=True, of=side)
-    return chain[: len(radices)], chain[len(radices) :]
-
-
 def fft_backward(sch: Schedule, config: GpuBackwardConfig) -> None:
-    """Schedule `te.gpu_backward.fft_backward`: a block of threads for each (batch, head, feature, parity).
+    """Schedule `te.gpu_backward.fft_backward`: a block of threads for each (batch, head, feature, parity)."""
+    results = {name: sch.get_sblock(name) for name in ("correlation", "of_grads", "of_values")}
+    for result in results.values():
+        b, h, f, p, *inner, q, pair = sch.get_loops(result)
+        sch.reorder(b, h, f, p, q, pair, *inner)
+    b, h, f, p, q, pair = nest(sch, results, grid=4)
+    bind_grid(sch, b, h, sch.fuse(f, p))
+    for result in results.values():
+        sum_in_registers(sch, result, q)
+    two_sides(sch, config, pair, {"values": "channels", "grads": "channels"})
+    for result in results.values():
+        decompose(sch, result, q, pair)
 
-    One loop over pairs of channels for all results: the spectra of values, those of gradients, their correlation, and
-    both ways back. A thread keeps its values' spectra in shared memory, those of gradients in registers.
+
+def nest(sch: Schedule, results: dict[str, Block], grid: int) -> list[Loop]:
+    """Make one loop nest of results whose loops are those of the grid, q, the pairs of channels, and others.
+
+    Returns the loops of the grid, that of threads, which is bound, and that of pairs.
+    """
+    for result in results.values():
+        loops = sch.get_loops(result)
+        # a turn of one butterfly is left below the pairs, where what it needs is computed
+        within, thread = sch.split(loops[grid], [1, None])
+        sch.reorder(thread, loops[grid + 1], within)
+    sch.merge(*(sch.get_loops(result)[grid + 1] for result in results.values()))  # at the last one: after all they need
+    merged: list[Loop] = sch.get_loops(results["of_values"])[: grid + 2]
+    sch.bind(merged[grid], "threadIdx.x")
+    return merged
+
+
+def two_sides(sch: Schedule, config: GpuBackwardConfig, pair: Loop, inputs: dict[str, str]) -> None:
+    """Compute the transforms of both sides, there and back, under the loop over pairs.
+
+    First the spectra of values, then those of gradients, then all that needs both. `inputs` names the buffer that the
+    first stage of a side loads.
     """
     radices, threads = config.radices, config.threads
-    results = [sch.get_sblock(name) for name in ("correlation", "grad_of_grads", "grad_of_values")]
-    pairs = []
-    for result in results:
-        *outer, s, q, pair = sch.get_loops(result)
-        within, thread = sch.split(q, [None, config.threads])
-        sch.reorder(*outer[:4], thread, pair, within, *outer[4:], s)
-        pairs.append(pair)
-    sch.merge(*pairs)  # where the last one stands: after all that they need
-    b, h, feature, parity, q, pair = sch.get_loops(results[-1])[:6]
-    block = sch.fuse(feature, parity)
-    bind_grid(sch, b, h, block)
-    sch.bind(q, "threadIdx.x")
-    for result in results:
-        written = sch.cache_write(result, 0, "local")
-        sch.reverse_compute_at(written, q)
-        unroll(sch, below(sch, written, q))
-
     meetings: dict[str, tuple[Block, Block]] = {}
-    for side in ("values", "grads"):
+    loads: dict[str, Block] = {}
+    for side, name in inputs.items():
         ahead, back = _chains(radices, side)
         meetings |= meet(sch, ahead) | meet(sch, back)
+        first = entry(sch, *ahead[0])
+        loads[side] = sch.cache_read(first, read_index(sch, first, name), "local", [first])
     for side in ("grads", "values"):
         _, back = _chains(radices, side)
-        position = sch.get_loops(sch.get_sblock(f"grad_of_{side}"))[-2]
-        first_butterfly = place(sch, back, meetings, pair, position, threads)
-        unroll(sch, [sch.get_loops(sch.get_sblock(f"grad_of_{side}"))[-1]])
+        butterfly = below(sch, sch.get_sblock(f"of_{side}"), pair)[0]
+        first_butterfly = place(sch, back, meetings, pair, butterfly, threads)
         sch.unroll(_around(sch, meetings[back[0][0]][0], first_butterfly))
     for side in ("values", "grads"):
         ahead, _ = _chains(radices, side)
@@ -75,16 +99,33 @@ def fft_backward(sch: Schedule, config: GpuBackwardConfig) -> None:
         u, t, q, c = sch.get_loops(kept)[-4:]
         sch.reorder(q, u, t, c)
         sch.bind(q, "threadIdx.x")
-        place(sch, ahead, meetings, pair, u, threads)
-        unroll(sch, [u, t])
+        first_butterfly = place(sch, ahead, meetings, pair, u, threads)
+        sch.compute_at(loads[side], first_butterfly)
+        *loops, part = below(sch, loads[side], first_butterfly)
+        unroll(sch, [u, t, *loops])
+        sch.vectorize(part)
         sch.vectorize(c)
-    for side in ("values", "grads"):
         pad_meetings(sch, radices, meetings, of=side)
-    for result in results:
-        inner = below(sch, result, pair)
-        unroll(sch, inner)
-        start = sch.decompose_reduction(result, pair)
-        unroll(sch, sch.get_loops(start)[4:])
+
+
+def decompose(sch: Schedule, result: Block, thread: Loop, pair: Loop) -> None:
+    """Set the sums of a result to 0 before the loop over pairs, and unroll what is inside of it."""
+    unroll(sch, below(sch, result, pair)[1:])
+    start = sch.decompose_reduction(result, pair)
+    unroll(sch, below(sch, start, thread))
+
+
+def sum_in_registers(sch: Schedule, result: Block, thread: Loop) -> None:
+    """Write a result from registers after all turns."""
+    written = sch.cache_write(result, 0, "local")
+    sch.reverse_compute_at(written, thread)
+    unroll(sch, below(sch, written, thread))
+
+
+def _chains(radices: Sequence[int], side: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Return (name, radix) of the stages of a side, there and back."""
+    chain = stages(tuple(radices), inverse=True, of=side)
+    return chain[: len(radices)], chain[len(radices) :]
 
 
 def _around(sch: Schedule, block: Block, loop: Loop) -> Loop:

@@ -50,9 +50,9 @@ def pairs_at_once(config: GpuAttentionConfig) -> int:
     return max(1, min(config.pairs, _ARRAY_FLOATS // math.prod(between(config, 1))))
 
 
-def denominator_terms(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """What features and parities add to the denominators, `[B, H, m, 2, P]`."""
-    return batch, heads, config.num_features, config.residues, config.length
+def denominator_terms(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """What features and parities add to the denominators, `[B, H, m, 2, P]`, with columns `[B, H, 1, 2, P]`."""
+    return batch, heads, config.num_terms, config.residues, config.length
 
 
 def channels(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
@@ -66,8 +66,13 @@ def correlation(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int,
 
 
 def grad_phi(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """What parities add to the gradient of the features of queries or of keys, `[B, H, m, 2, P]`."""
-    return batch, heads, config.num_features, 2, config.length
+    """Gradient of the features of queries or of keys by parity, `[B, H, m, 2, P]`, with columns `[B, H, m, 1, P]`."""
+    return batch, heads, config.num_features, config.grad_parts, config.length
+
+
+def row_correlation(config: GpuBackwardConfig) -> tuple[int, ...]:
+    """As `correlation`, of a head where there are columns, `[m, 2, columns, 2, row]`."""
+    return config.num_features, 2, config.columns, 2, config.row
 
 
 def value_partial(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:

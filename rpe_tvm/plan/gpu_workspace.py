@@ -60,16 +60,16 @@ def _buffers(
         "spectrum": gpu_buffers.spectrum(config, heads),
     }
     if isinstance(config, GpuBackwardConfig):
+        shapes |= {f"grad_phi_{name}": gpu_buffers.grad_phi(config, batch, heads) for name in "qk"}
+    if isinstance(config, GpuBackwardConfig) and config.columns == 1:
         shapes |= {
             "terms": gpu_buffers.denominator_terms(config, batch, heads),
             "channels": gpu_buffers.channels(config, batch, heads),
             "correlation": gpu_buffers.correlation(config, batch, heads),
-            "grad_phi_q": gpu_buffers.grad_phi(config, batch, heads),
-            "grad_phi_k": gpu_buffers.grad_phi(config, batch, heads),
             "partial": gpu_buffers.value_partial(config, batch, heads),
             "summed": (heads, 2, 2, config.length),
             "lags": (heads, 2, config.length),
         }
-    else:
+    elif not isinstance(config, GpuBackwardConfig):
         shapes["partial"] = gpu_buffers.partial(config, batch, heads)
     return [(name, shape, "float32", 4) for name, shape in shapes.items()]

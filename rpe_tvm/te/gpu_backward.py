@@ -12,7 +12,8 @@ Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from tvm import te
 
@@ -128,19 +129,11 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     lead = (batch, heads, m, 2, config.pairs)
 
     def spectra(name: str, side: int, weight: te.Tensor) -> te.Tensor:
-        """Spectra of a feature times the channels of a side, as a thread has made them."""
-
         def load(where: tuple[Expr, ...], s: int, q: Expr) -> Complex:
             b, h, feature, parity, pair = where
-            at = (b, h, feature, s * rest + q)
-            return cx.scale(cx.load(channels, side, b, h, pair, parity, s, q), weight[at])
+            return cx.scale(cx.load(channels, side, b, h, pair, parity, s, q), weight[b, h, feature, s * rest + q])
 
-        ahead = gpu_dft.forward(f"ahead{name}", radices, lead, tables, load, lambda where, block, t, value: value)
-        return cx.compute(
-            (*lead, first // last, last, rest, 2),
-            lambda b, h, f, p, e, u, t, q, c: ahead[b, h, f, p, e, u * rest + q, t, 0, 0, c],
-            f"kept_{name}",
-        )
+        return kept_spectra(name, radices, lead, tables, load)
 
     values, grads = spectra("values", 0, phi_k), spectra("grads", 1, phi_q)
     pair = te.reduce_axis((cx.int64(0), cx.int64(config.pairs)), "pair")
@@ -154,11 +147,10 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     def grad_phi(name: str, kept: te.Tensor, side: int, product: Callable[[Complex, Complex], Complex]) -> te.Tensor:
         """Products of a side with the weights, times the channels of the other side, summed over these."""
 
-        def weighted(where: tuple[Expr, ...], block: Expr, t: int) -> Complex:
-            factor = cx.load(spectrum, where[1], where[3], t, block)
-            return product(cx.load(kept, *where, block // rest, t, block % rest), factor)
+        def weighted(where: tuple[Expr, ...], block: Expr, t: int, value: Complex) -> Complex:
+            return product(value, cx.load(spectrum, where[1], where[3], t, block))
 
-        back = gpu_dft.inverse(f"back{name}", radices, lead, tables, weighted)
+        back = back_from(name, radices, lead, tables, kept, weighted)
         over = te.reduce_axis((cx.int64(0), cx.int64(config.pairs)), "pair")
 
         def dot(b: Expr, h: Expr, f: Expr, p: Expr, s: Expr, q: Expr) -> Expr:
@@ -166,9 +158,43 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
             x, y = cx.load(back, b, h, f, p, over, 0, s, q), cx.load(channels, 1 - side, b, h, over, p, s, q)
             return te.sum(x[0] * y[0] + x[1] * y[1], axis=over)
 
-        return cx.compute((batch, heads, m, 2, first, rest), dot, f"grad_of_{name}")
+        return cx.compute((batch, heads, m, 2, first, rest), dot, f"of_{name}")
 
     # the spectrum of C^T is the conjugate of that of C
     grad_phi_k = grad_phi("grads", grads, 1, cx.mul_conj)
     grad_phi_q = grad_phi("values", values, 0, cx.mul)
     return [phi_q, phi_k, channels, spectrum, tables.tensor, correlation, grad_phi_k, grad_phi_q]
+
+
+def kept_spectra(
+    name: str, radices: tuple[int, ...], lead: Sequence[Expr], tables: gpu_dft.Tables, load: gpu_dft.LoadForward
+) -> te.Tensor:
+    """Return spectra as the thread that makes them keeps them, `kept_<name>`, `lead + [S / R, R, P / S, 2]`.
+
+    Frequency (u, t, q) is block u * (P / S) + q, number t, of the digit order; S is the first radix, R the last one.
+    """
+    rest = math.prod(radices[1:])
+    ahead = gpu_dft.forward(f"ahead{name}", radices, lead, tables, load, lambda where, block, t, value: value)
+
+    def keep(*index: Expr) -> Expr:
+        *where, u, t, q, c = index
+        return ahead[(*where, u * rest + q, t, 0, 0, c)]
+
+    return cx.compute((*lead, radices[0] // radices[-1], radices[-1], rest, 2), keep, f"kept_{name}")
+
+
+def back_from(
+    name: str,
+    radices: tuple[int, ...],
+    lead: Sequence[Expr],
+    tables: gpu_dft.Tables,
+    kept: te.Tensor,
+    weighted: gpu_dft.Finish,
+) -> te.Tensor:
+    """Return the inverse transforms of `kept_spectra`, each number changed by `weighted`."""
+    rest = math.prod(radices[1:])
+
+    def load(where: tuple[Expr, ...], block: Expr, t: int) -> Complex:
+        return weighted(where, block, t, cx.load(kept, *where, block // rest, t, block % rest))
+
+    return gpu_dft.inverse(f"back{name}", radices, lead, tables, load)

@@ -48,11 +48,12 @@ def channels(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        terms `[B, H, m, 2, P]` of the denominators, value `[B, H, n_k, d]`, grad_out and out `[B, H, n_q, d]`, tables
+        terms `[B, H, terms, 2, P]` of the denominators, value `[B, H, n_k, d]`, grad_out and out `[B, H, n_q, d]`, tables
         (flat), channels `[2, B, H, pairs, 2, P, 2]`: pairs as complex numbers, twisted for both parities.
     """
-    m, d, length = config.num_features, config.head_dim, config.length
+    d, length = config.head_dim, config.length
     batch, heads, tiles = sizes.batch, sizes.heads, length // TILE
+    m = config.num_terms
     terms = te.placeholder((batch, heads, *map(cx.int64, (m, 2, length))), cx.FLOAT, "terms")
     value = _rows(sizes, sizes.n_key, config, "value")
     grad_out, out = (_rows(sizes, sizes.n_query, config, name) for name in ("grad_out", "out"))
@@ -148,14 +149,15 @@ def grad_features(config: GpuBackwardConfig, sizes: Sizes, feature_map: FeatureM
     -------
     list of te.Tensor
         query `[B, H, n_q, d]`, key `[B, H, n_k, d]`, projection W `[m, d]`, phi_q, phi_k `[B, H, m, P]`, grad_phi_q,
-        grad_phi_k `[B, H, m, 2, P]`, grad_query, grad_key, as query and key.
+        grad_phi_k `[B, H, m, parts, P]`, grad_query, grad_key, as query and key.
     """
     m, d, length = config.num_features, config.head_dim, config.length
     projection = te.placeholder((cx.int64(m), cx.int64(d)), cx.FLOAT, "projection")
     lead = sizes.batch, sizes.heads, cx.int64(m)
     x = [_rows(sizes, n, config, name) for n, name in ((sizes.n_query, "query"), (sizes.n_key, "key"))]
     phi = [te.placeholder((*lead, cx.int64(length)), cx.FLOAT, f"phi_{name}") for name in "qk"]
-    grads = [te.placeholder((*lead, cx.int64(2), cx.int64(length)), cx.FLOAT, f"grad_phi_{name}") for name in "qk"]
+    parts = cx.int64(config.grad_parts)
+    grads = [te.placeholder((*lead, parts, cx.int64(length)), cx.FLOAT, f"grad_phi_{name}") for name in "qk"]
     out = [
         _grad_argument(config, sizes, feature_map, x[side], projection, phi[side], grads[side], name)
         for side, name in enumerate("qk")
@@ -182,7 +184,7 @@ def _grad_argument(
 
     def exponent_of(b: Expr, h: Expr, t: Expr, f: Expr, i: Expr) -> Expr:
         position = t * TILE + i
-        return phi[b, h, f, position] * (grad_phi[b, h, f, 0, position] + grad_phi[b, h, f, 1, position])
+        return phi[b, h, f, position] * total(grad_phi[b, h, f, part, position] for part in range(config.grad_parts))
 
     exponent = cx.compute((batch, heads, tiles, m, TILE), exponent_of, f"exponent_{name}")
 

@@ -17,6 +17,7 @@ from rpe_tvm.errors import GpuGradientError
 from rpe_tvm.plan import gpu_backward, gpu_workspace
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.runtime import GpuInstance
+from rpe_tvm.torch import cuda_long_backward
 from rpe_tvm.torch.cuda import constant_tables, current_gpu
 from rpe_tvm.torch.layouts import last_axis_contiguous
 
@@ -77,9 +78,18 @@ def attention_backward(
         grads = [torch.empty(x.shape, device=x.device) for x in (query, key, value)]
         grad_bias = torch.empty_like(rpe_bias)
         tables, causal = constant_tables(config, query.device), int(is_causal)
-        instance.functions[f"backward_{feature_map}"](
-            query, key, value, rpe_bias, projection, tables, causal, grad_out, out, workspace, *grads, grad_bias
-        )
+        if config.columns == 1:
+            instance.functions[f"backward_{feature_map}"](
+                query, key, value, rpe_bias, projection, tables, causal, grad_out, out, workspace, *grads, grad_bias
+            )
+        else:
+            phi, grad_phi = ([views(f"{kind}_{name}") for name in "qk"] for kind in ("phi", "grad_phi"))
+            instance.functions[f"features_{feature_map}"](query, key, projection, *phi)
+            cuda_long_backward.gradients(
+                instance, phi, grad_phi, value, rpe_bias, grad_out, out, grads[2], grad_bias, is_causal
+            )
+            features_backward = instance.functions[f"grad_features_{feature_map}"]
+            features_backward(query, key, projection, *phi, *grad_phi, *grads[:2])
         grad_projection = torch.zeros_like(projection)
         if of_projection:
             for x, name in ((query, "q"), (key, "k")):
@@ -106,18 +116,24 @@ def attention_on_features_backward(
     value, grad_out, out = (last_axis_contiguous(x) for x in (value, grad_out, out))
     with current_gpu(phi_q):
         workspace, views = _workspace(config, phi_q, phi_k)
-        for phi, name in ((phi_q, "q"), (phi_k, "k")):
-            packed, n = views(f"phi_{name}"), phi.shape[2]
-            packed[..., :n] = phi.mT
+        for given, name in ((phi_q, "q"), (phi_k, "k")):
+            packed, n = views(f"phi_{name}"), given.shape[2]
+            packed[..., :n] = given.mT
             packed[..., n:] = 0.0
         grad_value, grad_bias = torch.empty(value.shape, device=value.device), torch.empty_like(rpe_bias)
-        tables, causal = constant_tables(config, value.device), int(is_causal)
-        instance.functions["gradients"](
-            value, rpe_bias, tables, causal, grad_out, out, workspace, grad_value, grad_bias
-        )
+        if config.columns == 1:
+            tables, causal = constant_tables(config, value.device), int(is_causal)
+            instance.functions["gradients"](
+                value, rpe_bias, tables, causal, grad_out, out, workspace, grad_value, grad_bias
+            )
+        else:
+            phi, grad_phi = ([views(f"{kind}_{name}") for name in "qk"] for kind in ("phi", "grad_phi"))
+            cuda_long_backward.gradients(
+                instance, phi, grad_phi, value, rpe_bias, grad_out, out, grad_value, grad_bias, is_causal
+            )
         grads = [
-            views(f"grad_phi_{name}").sum(3)[..., : phi.shape[2]].mT.contiguous()
-            for phi, name in ((phi_q, "q"), (phi_k, "k"))
+            views(f"grad_phi_{name}").sum(3)[..., : given.shape[2]].mT.contiguous()
+            for given, name in ((phi_q, "q"), (phi_k, "k"))
         ]
     return *grads, grad_value, grad_bias
 

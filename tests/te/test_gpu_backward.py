@@ -18,6 +18,7 @@ from calls_on_cpu import compile_calls  # noqa: E402
 from cuda_on_cpu import compile_kernel  # noqa: E402
 
 from rpe_tvm import reference
+from rpe_tvm.plan import gpu_buffers
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig, choose
 from rpe_tvm.reference import gradients
 from rpe_tvm.runtime import GpuInstance
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.compile
 M, D, B, H = 3, 3, 2, 2
 SHORT = choose(60, M, D)
 STAGES = GpuBackwardConfig(M, 4, 128, (8, 4, 4), 16)
+COLUMNS = GpuBackwardConfig(M, 4, 256, (8, 8), 8, columns=4)
 
 
 class Emulated:
@@ -44,9 +46,12 @@ class Emulated:
         self.directory = tempfile.TemporaryDirectory()
         self.calls: list[str] = []
         self.source, self.parameters = generated(config)
+        whole = []
+        if config.columns == 1:
+            whole = [gpu_backward_calls.gradients(config), *(gpu_backward_calls.backward(config, x) for x in MAPS)]
         functions: dict[str, Callable[..., None]] = {name: functools.partial(self.call, name) for name in self.parameters}
         path = Path(self.directory.name)
-        for host in (gpu_backward_calls.gradients(config), *(gpu_backward_calls.backward(config, x) for x in MAPS)):
+        for host in whole:
             functions[str(host.attrs["global_symbol"])] = compile_calls(host, functions, path)
         self.instance = GpuInstance(config, functions)
 
@@ -61,6 +66,9 @@ class Emulated:
             largest[:] = bias[:, : n_q if causal else None].max(1)
         else:
             given = dict(zip(self.parameters[name], arrays, strict=True))
+            # pairs of channels that are there at once, and head or batch elsewhere
+            first = next((x for key, x in given.items() if key in ("transformed", "product", "grads", "channels")), ())
+            given["count"] = len(first)
             for kernel, grid, threads in self.launches(name, given):
                 self.launch(kernel, grid, threads, given)
 
@@ -68,8 +76,24 @@ class Emulated:
         """Kernel, grid and threads of a block."""
         config, per_stage = self.config, self.config.threads
         groups, _ = column_groups(config)
-        batch, heads = B, H
+        batch, heads, m, n1 = B, H, config.num_features, config.columns
         tiles = config.length // TILE
+        count = given["count"]
+        per_column = min(128, config.row)
+        of_columns = config.row // per_column
+        by_columns = {
+            "spectrum_columns": ((of_columns, 2, heads), per_column),
+            "spectrum_rows": ((n1, 2, heads), per_stage),
+            "columns": ((of_columns, 2, count), per_column),
+            "rows": ((m * n1, 2, count), per_stage),
+            "back_columns": ((of_columns, 2, count), per_column),
+            "columns_backward": ((of_columns, 2, count), per_column),
+            "rows_backward": ((n1, 2, m), per_stage),
+            "dots_backward": ((of_columns, m, 1), per_column),
+        }
+        if name in by_columns:
+            grid, threads = by_columns[name]
+            return [(f"{name}_kernel", grid, threads)]
         grids: dict[str, tuple[int, int, int]] = {
             "spectrum": (2, per_stage, 1),
             "denominators": (2 * config.num_features, per_stage, batch),
@@ -92,13 +116,13 @@ class Emulated:
     def launch(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: dict[str, Any]) -> None:
         if kernel not in self.kernels:
             self.kernels[kernel] = compile_kernel(self.source, Path(self.directory.name), kernel)
-        sizes: dict[str, Any] = {"batch": B, "heads": grid[1]}
+        sizes: dict[str, Any] = {"batch": B, "heads": H}
         for name, x in arguments.items():
             if isinstance(x, np.ndarray):
                 sizes |= {f"{name}_stride{axis}": x.strides[axis] // 4 for axis in range(x.ndim - 1)}
             for size, names in (("n_query", ("query", "grad_out")), ("n_key", ("key", "value"))):
                 if name in names:
-                    sizes[size] = x.shape[2]
+                    sizes[size] = x.shape[-2]
         if kernel == "grad_value_kernel":
             sizes["n_key"] = arguments["out"].shape[2]
         for z in range(grid[2]):
@@ -178,6 +202,7 @@ CASES = [
     (37, 60, SHORT, "prf", False),
     (60, 37, SHORT, "nprf", True),
     (101, 127, STAGES, "prf", True),
+    (250, 200, COLUMNS, "nprf", False),
 ]
 
 
@@ -187,6 +212,7 @@ def test_numbers(
     monkeypatch: pytest.MonkeyPatch, n_q: int, n_k: int, config: GpuBackwardConfig, feature_map: str, is_causal: bool
 ) -> None:
     made = _serve(monkeypatch, config)
+    monkeypatch.setattr(gpu_buffers, "pairs_at_once", lambda config: 2)  # of 3
     inputs = _inputs(n_q, n_k, config.head_dim)
     grad_out, *tensors = inputs.values()
     arrays = [x.double().numpy() for x in inputs.values()]

@@ -5,8 +5,9 @@ Of both the features' gradients take a sum over channels, and the weights' gradi
 summed over channels: a block walks through the pairs of channels of its feature and has all three in registers. The
 denominators ride along as one more channel, 1 on the side of values and w_i = -sum_e g_ie out_ie on the other.
 
-The gradient of the values, sum_f phi_k[f] z_f, is attention's sum over features with queries and keys exchanged, a block
-of threads for each head, pair of channels and parity. What is done to rows before and after is in `te.gpu_gradients`.
+The gradient of the values, sum_f phi_k[f] z_f, is attention's sum over features with queries and keys exchanged, a
+block of threads for each head, pair of channels and parity. What is done to rows before and after is in
+`te.gpu_gradients`.
 Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`).
 """
 
@@ -116,8 +117,8 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     list of te.Tensor
         phi_q and phi_k `[B, H, m, P]` (both zero past the length), channels `[2, B, H, pairs, 2, S, P / S, 2]` with S
         the first radix, see `te.gpu_gradients.channels`; spectrum `[H, 2, R, P / R, 2]` with R the last radix, tables
-        (flat), correlation `[B, H, m, 2, 2, S, P / S]`, grad_phi_q and grad_phi_k `[B, H, m, 2, S, P / S]`. The latter are
-        to be added over parities. Of the correlation's spectrum, to be added over features and batch, real and
+        (flat), correlation `[B, H, m, 2, 2, S, P / S]`, grad_phi_k and grad_phi_q `[B, H, m, 2, S, P / S]`. The latter
+        are to be added over parities. Of the correlation's spectrum, to be added over features and batch, real and
         imaginary part are given, frequency (u, t, q) with s = u * R + t at block u * (P / S) + q of the digit order.
     """
     m, row, radices = config.num_features, config.row, config.radices

@@ -95,7 +95,11 @@ def backward(config: GpuBackwardConfig, feature_map: str) -> tvm.tirx.PrimFunc:
         projection = a.compact("projection", T.int64(config.num_features), T.int64(config.head_dim))
         tables, causal = a.tables(), T.arg("causal", T.int64())
         grad_out, out, workspace = a.rows("grad_out", a.n_q), a.rows("out", a.n_q), a.workspace()
-        grad_query, grad_key, grad_value = a.rows("grad_query", a.n_q), a.rows("grad_key", a.n_k), a.rows("grad_value", a.n_k)
+        grad_query, grad_key, grad_value = (
+            a.rows("grad_query", a.n_q),
+            a.rows("grad_key", a.n_k),
+            a.rows("grad_value", a.n_k),
+        )
         grad_bias = a.bias("grad_bias")
         found, _ = places(config, a.batch, a.heads, a.n_q, a.n_k)
         phi = [piece(workspace, found[name], found[name].shape) for name in ("phi_q", "phi_k")]

@@ -48,8 +48,8 @@ def channels(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        terms `[B, H, terms, 2, P]` of the denominators, value `[B, H, n_k, d]`, grad_out and out `[B, H, n_q, d]`, tables
-        (flat), channels `[2, B, H, pairs, 2, P, 2]`: pairs as complex numbers, twisted for both parities.
+        terms `[B, H, terms, 2, P]` of the denominators, value `[B, H, n_k, d]`, grad_out and out `[B, H, n_q, d]`,
+        tables (flat), channels `[2, B, H, pairs, 2, P, 2]`: pairs as complex numbers, twisted for both parities.
     """
     d, length = config.head_dim, config.length
     batch, heads, tiles = sizes.batch, sizes.heads, length // TILE
@@ -110,9 +110,7 @@ def channels(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     rows = cx.compute(shape, values_row, "values_row"), cx.compute(shape, grads_row, "grads_row")
 
     def pack(side: Expr, b: Expr, h: Expr, pair: Expr, p: Expr, i: Expr, c: Expr) -> Expr:
-        x, y = (
-            tuple(each[b, h, i // TILE, i % TILE, 2 * pair + half] for half in (0, 1)) for each in rows
-        )
+        x, y = (tuple(each[b, h, i // TILE, i % TILE, 2 * pair + half] for half in (0, 1)) for each in rows)
         chosen = tuple(tirx.Select(side == 0, x[half], y[half]) for half in (0, 1))
         return cx.part(c, tables.twist(p, i, (chosen[0], chosen[1])))
 
@@ -178,9 +176,7 @@ def _grad_argument(
     m, d, tiles = config.num_features, config.head_dim, config.length // TILE
     batch, heads, n = sizes.batch, sizes.heads, x.shape[2]
     of_tile = (batch, heads, tiles, TILE)
-    row = cx.compute(
-        (*of_tile, d), lambda b, h, t, i, k: x[b, h, tirx.min(t * TILE + i, n - 1), k], f"row_{name}"
-    )
+    row = cx.compute((*of_tile, d), lambda b, h, t, i, k: x[b, h, tirx.min(t * TILE + i, n - 1), k], f"row_{name}")
 
     def exponent_of(b: Expr, h: Expr, t: Expr, f: Expr, i: Expr) -> Expr:
         position = t * TILE + i
@@ -188,7 +184,7 @@ def _grad_argument(
 
     exponent = cx.compute((batch, heads, tiles, m, TILE), exponent_of, f"exponent_{name}")
 
-    # Sums are unrolled: tiles are as many as n takes, and TVM binds no loop of a reduction below such a loop to threads.
+    # Sums are unrolled: tiles are as many as n takes, and TVM binds no loop of a reduction below theirs to threads.
     along = cx.compute(
         (*of_tile, d),
         lambda b, h, t, i, k: total(exponent[b, h, t, f, i] * projection[f, k] for f in range(m)),
@@ -208,9 +204,7 @@ def _grad_argument(
         return cx.compute((batch, heads, tiles, groups, TILE), add, name)
 
     if feature_map == "prf":
-        pull = cx.compute(
-            of_tile, lambda b, h, t, i: total(exponent[b, h, t, f, i] for f in range(m)), f"pull_{name}"
-        )
+        pull = cx.compute(of_tile, lambda b, h, t, i: total(exponent[b, h, t, f, i] for f in range(m)), f"pull_{name}")
         scale = cx.real(d**-0.25)
 
         def gradient(*at: Expr) -> Expr:
@@ -251,7 +245,9 @@ def correlation_sums(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]
     correlation = te.placeholder(shape, cx.FLOAT, "correlation")
     b, f = te.reduce_axis((cx.int64(0), sizes.batch), "b"), te.reduce_axis((cx.int64(0), shape[2]), "f")
     summed = cx.compute(
-        (sizes.heads, 2, 2, config.length), lambda h, p, c, k: te.sum(correlation[b, h, f, p, c, k], axis=[b, f]), "summed"
+        (sizes.heads, 2, 2, config.length),
+        lambda h, p, c, k: te.sum(correlation[b, h, f, p, c, k], axis=[b, f]),
+        "summed",
     )
     return [correlation, summed]
 
@@ -290,8 +286,8 @@ def grad_bias(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list
-        lags `[H, 2, P]` as `weight_sums` returns them, rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k, causal (0
-        or 1), grad_bias, as rpe_bias.
+        lags `[H, 2, P]` as `weight_sums` returns them, rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k, causal
+        (0 or 1), grad_bias, as rpe_bias.
     """
     length = config.length
     lags = te.placeholder((sizes.heads, cx.int64(2), cx.int64(length)), cx.FLOAT, "lags")

@@ -1,8 +1,8 @@
 """Gradients of attention on GPUs where a transform does not fit into shared memory: the split of `te.gpu_long`.
 
 Spectra and products of both sides lie in memory for some pairs of channels of one head, so that four transforms of rows
-and columns make all gradients: sums over features of the products are the values' gradient (`te.gpu_long.back_columns`),
-sums over channels those of the features. Source: Luo et al. 2021, Eq. 10, differentiated.
+and columns make all gradients: sums over features of the products are the values' gradient
+(`te.gpu_long.back_columns`), sums over channels those of the features. Source: Luo et al. 2021, Eq. 10, differentiated.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def rows(config: GpuBackwardConfig) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        values and grads `[count, 2, m, N1, S, N2 / S, 2]`, spectrum `[2, N1, R, N2 / R, 2]`, tables (flat), correlation
-        `[m, 2, N1, 2, S, N2 / S]` in the order of `te.gpu_backward.fft_backward`, summed over these pairs of channels, and
-        the products of grads and of values, shaped as these.
+        values and grads `[count, 2, m, N1, S, N2 / S, 2]`, spectrum `[2, N1, R, N2 / R, 2]`, tables (flat),
+        correlation `[m, 2, N1, 2, S, N2 / S]` in the order of `te.gpu_backward.fft_backward`, summed over these pairs
+        of channels, and the products of grads and of values, shaped as these.
     """
     m, n1, radices = config.num_features, config.columns, config.radices
     first, last = radices[0], radices[-1]
@@ -97,8 +97,8 @@ def dots(config: GpuBackwardConfig) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        product `[count, 2, m, N1, N2, 2]`, channels `[count, 2, N1, N2, 2]`, tables (flat), grad_phi `[m, N1, N2]`, summed
-        over these pairs of channels and parities.
+        product `[count, 2, m, N1, N2, 2]`, channels `[count, 2, N1, N2, 2]`, tables (flat), grad_phi `[m, N1, N2]`,
+        summed over these pairs of channels and parities.
     """
     m, n1, n2 = config.num_features, config.columns, config.row
     count = te.var("count", "int64")

@@ -164,7 +164,7 @@ def _places(
     config: GpuBackwardConfig, rows: torch.Size, n_key: int
 ) -> tuple[dict[str, tuple[int, int, tuple[int, ...]]], int]:
     """Buffer -> its first byte, its numbers and its shape; and how many bytes they take together."""
-    places, size = gpu_workspace.places(config, *rows, n_key)
+    places, size = gpu_workspace.places(config, rows[0], rows[1], rows[2], n_key)
     return {name: (int(at.offset), math.prod(at.shape), at.shape) for name, at in places.items()}, int(size)
 
 

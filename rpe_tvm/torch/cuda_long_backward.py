@@ -1,11 +1,10 @@
 """Gradients of attention on GPUs where columns and rows take turns: the sequence of compiled functions.
 
-As the forward pass, some pairs of channels of one head at a time, so that what lies between columns and rows is bounded.
+As the forward pass, some pairs of channels of one head at a time: what lies between columns and rows is bounded.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 
@@ -54,7 +53,9 @@ def gradients(
     batch, heads, n_q, d = out.shape
     n_k = value.shape[2]
     new = phi[0].new_empty
-    rows = functools.partial(torch.Tensor.unflatten, sizes=(config.radices[0], -1))
+
+    def rows(x: Tensor, axis: int) -> Tensor:
+        return torch.unflatten(x, axis, (config.radices[0], -1))
 
     largest, columns = new(heads), new(gpu_buffers.spectrum_columns(config, heads))
     spectrum = new(gpu_buffers.spectrum(config, heads))
@@ -85,8 +86,8 @@ def gradients(
     correlation = new(heads, *gpu_buffers.row_correlation(config)[1:]).zero_()
     for each in grad_phi:
         each.zero_()
-    by_column = channels.unflatten(5, (config.columns, config.row))
-    sums = partial.unflatten(4, (config.columns, config.row))
+    by_column = torch.unflatten(channels, 5, (config.columns, config.row))
+    sums = torch.unflatten(partial, 4, (config.columns, config.row))
     for b, h, first in itertools.product(range(batch), range(heads), range(0, config.pairs, at_once)):
         sides = [side[b, h, first : first + at_once] for side in by_column]
         values, grads, of_grads, of_values = (x[: len(sides[0])] for x in between)
@@ -113,8 +114,8 @@ def _natural_order(config: GpuBackwardConfig, correlation: Tensor) -> Tensor:
     most; that of P points is the column plus columns times it.
     """
     last, first = config.radices[-1], config.radices[0]
-    by_digits = correlation.unflatten(4, (first // last, last, config.row // first)).transpose(5, 6)
-    digits = torch.complex(*by_digits.flatten(4).unbind(3)).unflatten(3, config.radices)
+    by_digits = torch.unflatten(correlation, 4, (first // last, last, config.row // first)).transpose(5, 6)
+    digits = torch.unflatten(torch.complex(*by_digits.flatten(4).unbind(3)), 3, config.radices)
     axes = range(digits.dim() - 1, 2, -1)
     return digits.permute(0, 1, *axes, 2).flatten(2)
 
@@ -122,4 +123,4 @@ def _natural_order(config: GpuBackwardConfig, correlation: Tensor) -> Tensor:
 def _turns(config: GpuBackwardConfig, tables: Tensor) -> Tensor:
     """exp(i pi j / P) for j < P, what undoes a twist."""
     start = gpu.layout(config).turns
-    return torch.view_as_complex(tables[start : start + 2 * config.length].unflatten(0, (-1, 2))).conj()
+    return torch.view_as_complex(torch.unflatten(tables[start : start + 2 * config.length], 0, (-1, 2))).conj()

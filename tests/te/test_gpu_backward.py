@@ -23,11 +23,11 @@ from rpe_tvm.plan.gpu_backward import GpuBackwardConfig, choose
 from rpe_tvm.reference import gradients
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu_operator import function_names
+from rpe_tvm.schedules.gpu_gradients import THREADS
 from rpe_tvm.te import gpu_backward_calls
 from rpe_tvm.te.features import FEATURE_MAPS as MAPS
 from rpe_tvm.te.gpu_attention import TILE
 from rpe_tvm.te.gpu_gradients import column_groups
-from rpe_tvm.schedules.gpu_gradients import THREADS
 from rpe_tvm.torch import core, operators
 
 pytestmark = pytest.mark.compile
@@ -49,7 +49,9 @@ class Emulated:
         whole = []
         if config.columns == 1:
             whole = [gpu_backward_calls.gradients(config), *(gpu_backward_calls.backward(config, x) for x in MAPS)]
-        functions: dict[str, Callable[..., None]] = {name: functools.partial(self.call, name) for name in self.parameters}
+        functions: dict[str, Callable[..., None]] = {
+            name: functools.partial(self.call, name) for name in self.parameters
+        }
         path = Path(self.directory.name)
         for host in whole:
             functions[str(host.attrs["global_symbol"])] = compile_calls(host, functions, path)

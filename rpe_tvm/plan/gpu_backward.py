@@ -14,7 +14,7 @@ LONGEST = gpu.LONGEST
 HOPPER = 232_448
 
 # Blocks that a multiprocessor shall hold at once: 128 registers for each of 512 threads, with few spilled.
-BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 8, 8): 8, (16, 16, 8): 4, (16, 16, 16): 2}
+BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 16, 8): 4, (16, 16, 16): 2}
 
 
 @dataclass(frozen=True)

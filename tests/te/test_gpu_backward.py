@@ -23,6 +23,7 @@ from rpe_tvm.plan.gpu_backward import GpuBackwardConfig, choose
 from rpe_tvm.reference import gradients
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu_operator import function_names
+from rpe_tvm.schedules import gpu_backward as schedules
 from rpe_tvm.schedules.gpu_gradients import THREADS
 from rpe_tvm.te import gpu_backward_calls
 from rpe_tvm.te.features import FEATURE_MAPS as MAPS
@@ -158,7 +159,10 @@ def generated(config: GpuBackwardConfig) -> tuple[str, dict[str, list[str]]]:
 
 @functools.cache
 def emulated(config: GpuBackwardConfig) -> Emulated:
-    return Emulated(config)
+    with pytest.MonkeyPatch.context() as patched:
+        # spectra of values as long rows keep them, and for SHORT as short ones do
+        patched.setattr(schedules, "KEPT_IN_SHARED", 65 if config == SHORT else 0)
+        return Emulated(config)
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def _compile(args: argparse.Namespace) -> int:
         if isinstance(target, GpuTargetSpec):
             try:
                 if args.op == "backward":
-                    return gpu_backward.choose(n, args.features, args.head_dim)
+                    return gpu_backward.choose(n, args.features, args.head_dim, target.shared_bytes)
                 return gpu_choice.choose(n, args.features, args.head_dim, args.dtype, target.id)
             except ValueError as error:
                 raise BuildError(str(error)) from error

@@ -15,7 +15,7 @@ Block = Any
 
 PAIR = 2  # floats of a complex number
 # axes of a stage's result after the leading ones, see `te.gpu_dft`
-AXES = {"ahead": 5, "back": 4}
+AHEAD_AXES, BACK_AXES = 5, 4
 # positions whose features one block of threads makes, features of each of its threads, and groups of them
 POSITIONS, FEATURES, MOST_GROUPS = 64, 8, 4
 # channels of a row that a thread keeps in registers
@@ -90,10 +90,13 @@ def _bind_threads(sch: Schedule, store: Block, axes: int, threads: int) -> Loop:
     return thread
 
 
-def stages(radices: tuple[int, ...], inverse: bool) -> list[tuple[str, int]]:
-    """Return (name, radix) of the stages of a forward transform, and of the inverse one where it follows."""
-    ahead = [(f"ahead{k}", radix) for k, radix in enumerate(radices)]
-    back = [(f"back{k}", radix) for k, radix in enumerate(reversed(radices))]
+def stages(radices: tuple[int, ...], inverse: bool, of: str = "") -> list[tuple[str, int]]:
+    """Return (name, radix) of the stages of a forward transform, and of the inverse one where it follows.
+
+    Where a kernel has several, `of` tells them apart.
+    """
+    ahead = [(f"ahead{of}{k}", radix) for k, radix in enumerate(radices)]
+    back = [(f"back{of}{k}", radix) for k, radix in enumerate(reversed(radices))]
     return ahead + back if inverse else ahead
 
 
@@ -130,21 +133,24 @@ def place(
             unroll(sch, loops[:-1])
             sch.vectorize(loops[-1])
             sch.compute_at(store, product, preserve_unit_loops=True)
-            butterfly = _bind_threads(sch, store, AXES[producer.rstrip("0123456789")], threads)
+            axes = AHEAD_AXES if producer.startswith("ahead") else BACK_AXES
+            butterfly = _bind_threads(sch, store, axes, threads)
         _in_registers(sch, producer, radix, butterfly)
     return butterfly
 
 
 def pad_meetings(
-    sch: Schedule, radices: tuple[int, ...], meetings: dict[str, tuple[Block, Block]], inverse: bool
+    sch: Schedule, radices: tuple[int, ...], meetings: dict[str, tuple[Block, Block]], of: str = ""
 ) -> None:
     size, count = math.prod(radices), len(radices)
     for k, radix in enumerate(radices[:-1]):
         rest = size // radix
+        ahead, back = f"ahead{of}{k}", f"back{of}{count - 2 - k}"
         # forward: rows of `rest` numbers that blocks of the next stage read with `rest / next` neighbours each
-        _pad(sch, meetings[f"ahead{k}"][0], AXES["ahead"] - 1, rest, rest // radices[k + 1])
-        if inverse:  # the stage that made blocks of `rest` numbers wrote `rest / next` neighbours of each
-            _pad(sch, meetings[f"back{count - 2 - k}"][0], AXES["back"], rest, rest // radices[k + 1])
+        if ahead in meetings:
+            _pad(sch, meetings[ahead][0], AHEAD_AXES - 1, rest, rest // radices[k + 1])
+        if back in meetings:  # the stage that made blocks of `rest` numbers wrote `rest / next` neighbours of each
+            _pad(sch, meetings[back][0], BACK_AXES, rest, rest // radices[k + 1])
         size = rest
 
 
@@ -185,7 +191,7 @@ def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
 
     place(sch, chain, meetings, feature, outer, threads)
     _pack_in_shared(sch, block, threads)
-    pad_meetings(sch, radices, meetings, inverse=True)
+    pad_meetings(sch, radices, meetings)
     unroll(sch, sch.get_loops(partial)[-4:])
     sch.decompose_reduction(partial, feature)
     unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-4:])
@@ -278,4 +284,4 @@ def spectrum(sch: Schedule, config: GpuAttentionConfig) -> None:
     sch.vectorize(c)
     place(sch, chain, meetings, p, thread, threads)
     _pack_in_shared(sch, p, threads)
-    pad_meetings(sch, radices, meetings, inverse=False)
+    pad_meetings(sch, radices, meetings)

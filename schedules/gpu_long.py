@@ -12,14 +12,14 @@ from rpe_tvm.schedules.gpu import Block, Loop
 THREADS = 128
 
 
-def _columns_of(sch: Schedule, column: Loop) -> tuple[Loop, Loop]:
+def columns_of(sch: Schedule, column: Loop) -> tuple[Loop, Loop]:
     """Split neighbouring columns into blocks and threads."""
     tile, thread = sch.split(column, [None, THREADS])
     sch.bind(thread, "threadIdx.x")
     return tile, thread
 
 
-def _into_registers(sch: Schedule, block: Block, loop: Loop, vectorized: bool = False) -> None:
+def into_registers(sch: Schedule, block: Block, loop: Loop, vectorized: bool = False) -> None:
     """Compute a block in registers under `loop`."""
     sch.set_scope(block, 0, "local")
     sch.compute_at(block, loop)
@@ -29,9 +29,10 @@ def _into_registers(sch: Schedule, block: Block, loop: Loop, vectorized: bool = 
         sch.vectorize(loops[-1])
 
 
-def _halves(sch: Schedule, config: GpuAttentionConfig, loop: Loop) -> None:
+def halves(sch: Schedule, config: GpuAttentionConfig, loop: Loop) -> None:
+    """Compute the first half of a composite butterfly of columns in registers under `loop`."""
     if config.columns in COMPOSITE:
-        _into_registers(sch, sch.get_sblock("column_first"), loop)
+        into_registers(sch, sch.get_sblock("column_first"), loop)
 
 
 def _store_from_registers(sch: Schedule, block: Block, loop: Loop) -> None:
@@ -47,28 +48,28 @@ def columns(sch: Schedule, config: GpuAttentionConfig) -> None:
     """Schedule `te.gpu_long.columns`: a thread has one column, and walks over the features."""
     transformed = sch.get_sblock("transformed")
     u, p, f, k1, column, c = sch.get_loops(transformed)
-    tile, thread = _columns_of(sch, column)
+    tile, thread = columns_of(sch, column)
     sch.reorder(u, p, tile, thread, f, k1, c)
     gpu.bind_grid(sch, u, p, tile)
     _store_from_registers(sch, transformed, f)
     gpu.unroll(sch, [k1, c])
-    _halves(sch, config, f)
-    _into_registers(sch, sch.get_sblock("packed"), thread)
+    halves(sch, config, f)
+    into_registers(sch, sch.get_sblock("packed"), thread)
 
 
 def back_columns(sch: Schedule, config: GpuAttentionConfig) -> None:
     """Schedule `te.gpu_long.back_columns`: a thread has one column, and sums over the features in registers."""
     partial = sch.get_sblock("partial")
     u, p, row, column, c, feature = sch.get_loops(partial)
-    tile, thread = _columns_of(sch, column)
+    tile, thread = columns_of(sch, column)
     sch.reorder(u, p, tile, thread, feature, row, c)
     gpu.bind_grid(sch, u, p, tile)
     _store_from_registers(sch, partial, thread)
-    _into_registers(sch, sch.get_sblock("back"), feature)
-    _halves(sch, config, feature)
+    into_registers(sch, sch.get_sblock("back"), feature)
+    halves(sch, config, feature)
     entry = sch.get_sblock("column_first" if config.columns in COMPOSITE else "back")
     index = gpu.read_index(sch, entry, "product")
-    _into_registers(sch, sch.cache_read(entry, index, "local"), feature, vectorized=True)
+    into_registers(sch, sch.cache_read(entry, index, "local"), feature, vectorized=True)
     gpu.unroll(sch, [row, c])
     sch.decompose_reduction(partial, feature)
     gpu.unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-2:])
@@ -91,20 +92,20 @@ def rows(sch: Schedule, config: GpuAttentionConfig) -> None:
     sch.unroll(s)
     sch.vectorize(c)
     first = gpu.place(sch, stages, meetings, block, thread, threads)
-    _into_registers(sch, load, first, vectorized=True)
-    gpu.pad_meetings(sch, radices, meetings, inverse=True)
+    into_registers(sch, load, first, vectorized=True)
+    gpu.pad_meetings(sch, radices, meetings)
 
 
 def spectrum_columns(sch: Schedule, config: GpuAttentionConfig) -> None:
     """Schedule `te.gpu_long.spectrum_columns`: a thread has one column."""
     transformed = sch.get_sblock("transformed")
     h, p, k1, column, c = sch.get_loops(transformed)
-    tile, thread = _columns_of(sch, column)
+    tile, thread = columns_of(sch, column)
     sch.reorder(h, p, tile, thread, k1, c)
     gpu.bind_grid(sch, h, p, tile)
     gpu.unroll(sch, [k1, c])
-    _halves(sch, config, thread)
-    _into_registers(sch, sch.get_sblock("packed"), thread)
+    halves(sch, config, thread)
+    into_registers(sch, sch.get_sblock("packed"), thread)
 
 
 def spectrum_rows(sch: Schedule, config: GpuAttentionConfig) -> None:
@@ -123,5 +124,5 @@ def spectrum_rows(sch: Schedule, config: GpuAttentionConfig) -> None:
     sch.unroll(t)
     sch.vectorize(c)
     first = gpu.place(sch, stages, meetings, k1, thread, threads)
-    _into_registers(sch, load, first, vectorized=True)
-    gpu.pad_meetings(sch, radices, meetings, inverse=False)
+    into_registers(sch, load, first, vectorized=True)
+    gpu.pad_meetings(sch, radices, meetings)

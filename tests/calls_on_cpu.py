@@ -72,9 +72,11 @@ def _value(argument: _Any) -> Any:
     if argument.kind != _TENSOR:
         return argument.value
     tensor = _Tensor.from_address(argument.value)
-    assert list(tensor.dtype) == [2, 32, 1, 0] and tensor.byte_offset == 0  # float32
+    code, bits, *_ = tensor.dtype
+    kinds = {(2, 32): ctypes.c_float, (1, 8): ctypes.c_uint8}  # float32, and bytes of a workspace
+    assert tensor.byte_offset == 0
     shape = tensor.shape[: tensor.rank]
     strides = tensor.strides[: tensor.rank] if tensor.strides else torch.empty(shape, device="meta").stride()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    memory = np.ctypeslib.as_array((ctypes.c_float * extent).from_address(tensor.data))
+    memory = np.ctypeslib.as_array((kinds[code, bits] * extent).from_address(tensor.data))
     return torch.from_numpy(memory).as_strided(shape, strides)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from rpe_tvm.plan import gpu
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 
-# at 8192 positions 512 threads have 128 registers each, and the sums of a feature need more, see docs/decisions.md
-LONGEST = 4096
+LONGEST = gpu.LONGEST
+
+# Shared memory of a block on sm_90: enough for a row of 8192 points and what threads keep of it (221,184 bytes).
+HOPPER = 232_448
+
+# Blocks that a multiprocessor shall hold at once: 128 registers for each of 512 threads, with few spilled.
+BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 16, 8): 4, (16, 16, 16): 2}
 
 
 @dataclass(frozen=True)
 class GpuBackwardConfig(GpuAttentionConfig):
-    """How the gradients are computed; the fields are those of attention, whose transform is neither folded nor split.
+    """How the gradients are computed; the fields are those of attention, whose transform is not folded.
 
     A thread keeps the frequencies that it made until it multiplies them, so each thread has one butterfly of the first
     radix, and as many points in all other stages.
@@ -24,15 +29,14 @@ class GpuBackwardConfig(GpuAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.folds, self.columns, self.dtype) != (1, 1, "float32"):
+        if (self.folds, self.dtype) != (1, "float32"):
             raise ValueError(
-                f"Invalid config of gradients: expected folds 1, columns 1 and float32, got {self.folds}, "
-                f"{self.columns} and {self.dtype}."
+                f"Invalid config of gradients: expected folds 1 and float32, got {self.folds} and {self.dtype}."
             )
         first = self.radices[0]
-        if self.threads * first != self.length or any(first % radix for radix in self.radices):
+        if self.threads * first != self.row or any(first % radix for radix in self.radices):
             raise ValueError(
-                f"Invalid threads of gradients: expected {self.length} / {first} and a first radix that the others "
+                f"Invalid threads of gradients: expected {self.row} / {first} and a first radix that the others "
                 f"divide, got {self.threads} and {self.radices}."
             )
 
@@ -42,17 +46,32 @@ class GpuBackwardConfig(GpuAttentionConfig):
         return f"backward-m{self.num_features}-d{self.head_dim}-n{self.length}-{self.dtype}"
 
     @property
-    def of_values(self) -> GpuBackwardConfig:
-        """The config of the kernel of the values' gradient: an even number of channels.
+    def value_pairs(self) -> int:
+        """Pairs of the values' channels alone."""
+        return (self.head_dim + 1) // 2
 
-        Its channel of ones would share a complex number with an odd one, and g, divided by sums over all keys, would
-        lose digits beside it.
-        """
-        return replace(self, head_dim=self.head_dim + self.head_dim % 2)
+    @property
+    def num_terms(self) -> int:
+        """Terms of a denominator and parity: one for each feature, or their sum."""
+        return self.num_features if self.columns == 1 else 1
+
+    @property
+    def grad_parts(self) -> int:
+        """Parts of a feature's gradient: its parities, or their sum."""
+        return 2 if self.columns == 1 else 1
 
 
-def choose(n: int, num_features: int, head_dim: int) -> GpuBackwardConfig:
+def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = HOPPER) -> GpuBackwardConfig:
     """Return the config of the gradients for up to `n` positions.
+
+    Parameters
+    ----------
+    n : int
+        The larger of the numbers of queries and keys.
+    num_features, head_dim : int
+        m and d.
+    shared_bytes : int
+        Shared memory that a block of threads may have.
 
     Raises
     ------
@@ -62,6 +81,11 @@ def choose(n: int, num_features: int, head_dim: int) -> GpuBackwardConfig:
     if n > LONGEST:
         raise ValueError(f"Invalid length: expected at most {LONGEST} positions for gradients on a GPU, got {n}.")
     length = gpu.gpu_bucket(n)
-    radices = gpu.ROW_RADICES[length]
-    blocks_per_sm = gpu.BLOCKS_PER_SM.get(radices, 0)
-    return GpuBackwardConfig(num_features, head_dim, length, radices, length // radices[0], blocks_per_sm=blocks_per_sm)
+    row = length
+    if length > (8192 if shared_bytes >= HOPPER else 4096):
+        row = 8192 if length > 32 * 4096 else 4096
+    radices = gpu.ROW_RADICES[row]
+    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0)
+    return GpuBackwardConfig(
+        num_features, head_dim, length, radices, row // radices[0], columns=length // row, blocks_per_sm=blocks_per_sm
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 
 # Of each of the two arrays between columns and rows, 256 MiB: enough blocks for all of a GPU. Arrays of 16 MiB, which
 # would stay in the second-level cache, took 31.7 ms in place of 17.3 at n = 65536 on an H100, of 512 MiB 17.0.
@@ -49,16 +50,31 @@ def pairs_at_once(config: GpuAttentionConfig) -> int:
     return max(1, min(config.pairs, _ARRAY_FLOATS // math.prod(between(config, 1))))
 
 
-def denominator_terms(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """What features and parities add to the denominators, `[B, H, m, 2, P]`."""
-    return batch, heads, config.num_features, config.residues, config.length
+def denominator_terms(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """What features and parities add to the denominators, `[B, H, m, 2, P]`, with columns `[B, H, 1, 2, P]`."""
+    return batch, heads, config.num_terms, config.residues, config.length
 
 
-def channels(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
+def channels(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
     """Pairs of channels of values and of their gradient's rows, complex, twisted, `[2, B, H, pairs, 2, P, 2]`."""
-    return 2, batch, heads, config.pairs, config.residues, config.length, 2
+    return 2, batch, heads, config.pairs, 2, config.length, 2
 
 
-def backward_sums(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """Gradients of both features, and correlation by real and imaginary part, `[B, H, m, 2, 4, P]`."""
-    return batch, heads, config.num_features, config.residues, 4, config.length
+def correlation(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """Spectra of the weights' correlation by real and imaginary part, `[B, H, m, 2, 2, P]`."""
+    return batch, heads, config.num_features, 2, 2, config.length
+
+
+def grad_phi(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """Gradient of the features of queries or of keys by parity, `[B, H, m, 2, P]`, with columns `[B, H, m, 1, P]`."""
+    return batch, heads, config.num_features, config.grad_parts, config.length
+
+
+def row_correlation(config: GpuBackwardConfig) -> tuple[int, ...]:
+    """As `correlation`, of a head where there are columns, `[m, 2, columns, 2, row]`."""
+    return config.num_features, 2, config.columns, 2, config.row
+
+
+def value_partial(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
+    """Sums over features of the values' gradient, complex, `[B, H, (d + 1) / 2, 2, P, 2]`."""
+    return batch, heads, config.value_pairs, 2, config.length, 2

@@ -8,6 +8,7 @@ from typing import Any
 
 from rpe_tvm.plan import gpu_buffers, gpu_direct
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 
 # What every buffer starts at a multiple of: torch's allocator promises twice as much.
@@ -52,10 +53,23 @@ def _buffers(
             ("phi_k", phi(config, batch, heads, n_key, config.tile_k), config.dtype, 2),
             ("table", gpu_direct.table_shape(config, heads, n_query, n_key), "float32", 4),
         ]
-    return [
-        ("phi_q", gpu_buffers.features(config, batch, heads), "float32", 4),
-        ("phi_k", gpu_buffers.features(config, batch, heads), "float32", 4),
-        ("largest", (heads,), "float32", 4),
-        ("spectrum", gpu_buffers.spectrum(config, heads), "float32", 4),
-        ("partial", gpu_buffers.partial(config, batch, heads), "float32", 4),
-    ]
+    shapes = {
+        "phi_q": gpu_buffers.features(config, batch, heads),
+        "phi_k": gpu_buffers.features(config, batch, heads),
+        "largest": (heads,),
+        "spectrum": gpu_buffers.spectrum(config, heads),
+    }
+    if isinstance(config, GpuBackwardConfig):
+        shapes |= {f"grad_phi_{name}": gpu_buffers.grad_phi(config, batch, heads) for name in "qk"}
+    if isinstance(config, GpuBackwardConfig) and config.columns == 1:
+        shapes |= {
+            "terms": gpu_buffers.denominator_terms(config, batch, heads),
+            "channels": gpu_buffers.channels(config, batch, heads),
+            "correlation": gpu_buffers.correlation(config, batch, heads),
+            "partial": gpu_buffers.value_partial(config, batch, heads),
+            "summed": (heads, 2, 2, config.length),
+            "lags": (heads, 2, config.length),
+        }
+    elif not isinstance(config, GpuBackwardConfig):
+        shapes["partial"] = gpu_buffers.partial(config, batch, heads)
+    return [(name, shape, "float32", 4) for name, shape in shapes.items()]

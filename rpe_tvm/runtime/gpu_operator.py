@@ -13,6 +13,19 @@ from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 _FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
 _FUSED = tuple(f"fused_{name}" for name in FEATURE_MAPS)
 _FORWARD = tuple(f"forward_{name}" for name in FEATURE_MAPS)
+_BACKWARD = (
+    "denominators",
+    "channels",
+    "backward",
+    "value_sums",
+    "grad_value",
+    "correlation_sums",
+    "weight_sums",
+    "grad_bias",
+)
+_LONG_BACKWARD = ("channels", "columns_backward", "rows_backward", "dots_backward", "grad_value")
+_GRAD_FEATURES = tuple(f"grad_features_{name}" for name in FEATURE_MAPS)
+_WHOLE = ("gradients", *(f"backward_{name}" for name in FEATURE_MAPS))
 # Where a transform fits into shared memory, and where its columns and rows take turns.
 _SHORT = ("spectrum", "attention")
 _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
@@ -21,7 +34,9 @@ _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
 def function_names(config: GpuConfig) -> tuple[str, ...]:
     """The names of the functions that are compiled for a config."""
     if isinstance(config, GpuBackwardConfig):
-        return (*_FEATURES, "largest", *_SHORT, "denominators", "backward")
+        if config.columns == 1:
+            return (*_FEATURES, "largest", "spectrum", *_BACKWARD, *_GRAD_FEATURES, *_WHOLE)
+        return (*_FEATURES, "largest", *_LONG, *_LONG_BACKWARD, *_GRAD_FEATURES)
     if isinstance(config, TensorCoreConfig):
         fused = _FUSED if gpu_direct.fused(config) else ()
         return (*_FEATURES, "weights", "attention", *_FORWARD, *fused)

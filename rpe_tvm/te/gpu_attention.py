@@ -30,11 +30,6 @@ def make_tables(config: GpuAttentionConfig) -> gpu_dft.Tables:
     return gpu_dft.Tables(tensor, where, config.length, config.folds)
 
 
-def _partial_shape(config: GpuAttentionConfig, sizes: Sizes) -> list[Expr]:
-    fixed = (config.pairs, config.residues, config.folds, config.radices[0], config.row // config.radices[0], 2)
-    return [sizes.batch, sizes.heads, *map(cx.int64, fixed)]
-
-
 def packed_element(
     config: GpuAttentionConfig,
     sizes: Sizes,
@@ -93,30 +88,64 @@ def fft_attention(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     lead = (batch, heads, config.pairs, config.residues)
     packed = cx.compute((*lead, config.folds, radices[0], rest, 2), pack, "packed")
 
+    partial = feature_sums(config, sizes, packed, phi_k, phi_q, spectrum, tables, cx.mul)
+    return [phi_q, phi_k, value, spectrum, tables.tensor, partial]
+
+
+def feature_sums(
+    config: GpuAttentionConfig,
+    sizes: Sizes,
+    packed: te.Tensor,
+    phi_in: te.Tensor,
+    phi_out: te.Tensor,
+    spectrum: te.Tensor,
+    tables: gpu_dft.Tables,
+    product: Callable[[Complex, Complex], Complex],
+) -> te.Tensor:
+    """Return sum_f phi_out[f] * (C (phi_in[f] * packed)), still twisted.
+
+    Parameters
+    ----------
+    config, sizes
+        As of `fft_attention`.
+    packed
+        Pairs of channels, twisted, `[B, H, pairs, residues, folds, S, row / S, 2]`.
+    phi_in, phi_out
+        `[B, H, m, P]`.
+    spectrum
+        As of `fft_attention`.
+    tables
+        The constants.
+    product
+        Of transform and spectrum; with the conjugate of the spectrum C is transposed.
+    """
+    m, row, radices = config.num_features, config.row, config.radices
+    rest = row // radices[0]
+    lead = (sizes.batch, sizes.heads, *packed.shape[2:4])
+
     def load(where: tuple[Expr, ...], s: int, q: Expr) -> Complex:
         *at, feature = where
         terms = [
-            cx.scale(cx.load(packed, *at, fold, s, q), phi_k[at[0], at[1], feature, fold * row + s * rest + q])
+            cx.scale(cx.load(packed, *at, fold, s, q), phi_in[at[0], at[1], feature, fold * row + s * rest + q])
             for fold in range(config.folds)
         ]
         return functools.reduce(cx.add, terms)
 
     def multiply(where: tuple[Expr, ...], block: Expr, t: int, value: Complex) -> Complex:
-        return cx.mul(value, cx.load(spectrum, where[1], where[3], t, block))
+        return product(value, cx.load(spectrum, where[1], where[3], t, block))
 
     ahead = gpu_dft.forward("ahead", radices, (*lead, m), tables, load, multiply)
     back = gpu_dft.inverse(
         "back", radices, (*lead, m), tables, lambda where, block, t: cx.load(ahead, *where, block, t, 0, 0)
     )
     feature = te.reduce_axis((cx.int64(0), cx.int64(m)), "feature")
-    partial = cx.compute(
-        _partial_shape(config, sizes),
+    return cx.compute(
+        packed.shape,
         lambda b, h, pair, r, fold, s, q, c: te.sum(
-            phi_q[b, h, feature, fold * row + s * rest + q] * back[b, h, pair, r, feature, 0, s, q, c], axis=feature
+            phi_out[b, h, feature, fold * row + s * rest + q] * back[b, h, pair, r, feature, 0, s, q, c], axis=feature
         ),
         "partial",
     )
-    return [phi_q, phi_k, value, spectrum, tables.tensor, partial]
 
 
 def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -127,19 +156,8 @@ def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     list of te.Tensor
         partial `[B, H, pairs, residues, P, 2]` as `fft_attention` returns it, tables (flat), out `[B, H, n_q, d]`.
     """
-    d, length = config.head_dim, config.length
-    partial = te.placeholder(
-        [sizes.batch, sizes.heads, *map(cx.int64, (config.pairs, config.residues, length, 2))], cx.FLOAT, "partial"
-    )
-    tables = make_tables(config)
-
-    def add(b: Expr, h: Expr, tile: Expr, pair: Expr, row: Expr, c: Expr) -> Expr:
-        position = tile * TILE + row
-        values = [cx.load(partial, b, h, pair, residue, position) for residue in range(config.residues)]
-        return cx.part(c, tables.untwisted_sum(position, values))
-
-    tiles = length // TILE
-    sums = cx.compute((sizes.batch, sizes.heads, tiles, config.pairs, TILE, 2), add, "sums")
+    d, tiles = config.head_dim, config.length // TILE
+    partial, tables, sums = tile_sums(config, sizes, config.pairs)
 
     def divide(b: Expr, h: Expr, i: Expr, ch: Expr) -> Expr:
         # n_q <= P always; the minimum tells TVM so
@@ -149,3 +167,22 @@ def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
 
     out = cx.compute((sizes.batch, sizes.heads, sizes.n_query, d), divide, "out")
     return [partial, tables.tensor, out]
+
+
+def tile_sums(config: GpuAttentionConfig, sizes: Sizes, pairs: int) -> tuple[te.Tensor, gpu_dft.Tables, te.Tensor]:
+    """Return partial `[B, H, pairs, residues, P, 2]` as `feature_sums` returns it, the tables, and the sums of its
+    remainders by tiles of positions, `[B, H, P / TILE, pairs, TILE, 2]`.
+    """
+    length = config.length
+    partial = te.placeholder(
+        [sizes.batch, sizes.heads, *map(cx.int64, (pairs, config.residues, length, 2))], cx.FLOAT, "partial"
+    )
+    tables = make_tables(config)
+
+    def add(b: Expr, h: Expr, tile: Expr, pair: Expr, row: Expr, c: Expr) -> Expr:
+        position = tile * TILE + row
+        values = [cx.load(partial, b, h, pair, residue, position) for residue in range(config.residues)]
+        return cx.part(c, tables.untwisted_sum(position, values))
+
+    sums = cx.compute((sizes.batch, sizes.heads, length // TILE, pairs, TILE, 2), add, "sums")
+    return partial, tables, sums

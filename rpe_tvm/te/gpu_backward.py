@@ -5,19 +5,24 @@ Of both the features' gradients take a sum over channels, and the weights' gradi
 summed over channels: a block walks through the pairs of channels of its feature and has all three in registers. The
 denominators ride along as one more channel, 1 on the side of values and w_i = -sum_e g_ie out_ie on the other.
 
-The gradient of the values, sum_f phi_k[f] z_f, is `te.gpu_attention.fft_attention` with queries and keys exchanged.
+The gradient of the values, sum_f phi_k[f] z_f, is attention's sum over features with queries and keys exchanged, a
+block of threads for each head, pair of channels and parity. What is done to rows before and after is in
+`te.gpu_gradients`.
 Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`).
 """
 
 from __future__ import annotations
 
-from tvm import te, tirx
+import math
+from collections.abc import Callable, Sequence
+
+from tvm import te
 
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import gpu_dft
 from rpe_tvm.te.complex import Complex, Expr
-from rpe_tvm.te.gpu_attention import make_tables
+from rpe_tvm.te.gpu_attention import feature_sums, make_tables
 from rpe_tvm.te.shapes import Sizes
 
 
@@ -30,6 +35,12 @@ def _spectrum(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
     last = config.radices[-1]
     shape = (sizes.heads, *map(cx.int64, (config.residues, last, config.row // last, 2)))
     return te.placeholder(shape, cx.FLOAT, "spectrum")
+
+
+def _channels(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
+    first = config.radices[0]
+    shape = map(cx.int64, (config.pairs, 2, first, config.row // first, 2))
+    return te.placeholder((cx.int64(2), sizes.batch, sizes.heads, *shape), cx.FLOAT, "channels")
 
 
 def denominators(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -69,8 +80,30 @@ def denominators(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     return [phi_q, phi_k, spectrum, tables.tensor, terms]
 
 
+def value_sums(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
+    """Return the arguments of the values' gradient, sum_f phi_k[f] z_f, the output last.
+
+    Returns
+    -------
+    list of te.Tensor
+        phi_q and phi_k `[B, H, m, P]`, channels and spectrum as of `fft_backward`, tables (flat), partial
+        `[B, H, (d + 1) / 2, 2, 1, S, P / S, 2]` with S the first radix, still twisted.
+    """
+    phi_q, phi_k = _features(config, sizes)
+    channels, spectrum, tables = _channels(config, sizes), _spectrum(config, sizes), make_tables(config)
+    rest = config.row // config.radices[0]
+    packed = cx.compute(
+        (sizes.batch, sizes.heads, config.value_pairs, 2, 1, config.radices[0], rest, 2),
+        lambda b, h, pair, p, fold, s, q, c: channels[1, b, h, pair, p, s, q, c],
+        "packed",
+    )
+    # the spectrum of C^T is the conjugate of that of C
+    partial = feature_sums(config, sizes, packed, phi_q, phi_k, spectrum, tables, cx.mul_conj)
+    return [phi_q, phi_k, channels, spectrum, tables.tensor, partial]
+
+
 def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
-    """Return the arguments of the gradients of features and weights, the output last.
+    """Return the arguments of the gradients of features and weights, the outputs last.
 
     Parameters
     ----------
@@ -83,62 +116,86 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     -------
     list of te.Tensor
         phi_q and phi_k `[B, H, m, P]` (both zero past the length), channels `[2, B, H, pairs, 2, S, P / S, 2]` with S
-        the first radix: of value (0) and of g (1), with the denominators' channel last, twisted for both parities;
-        spectrum `[H, 2, R, P / R, 2]` with R the last radix, tables (flat), sums `[B, H, m, 2, 4, S, P / S]`.
-        Of the sums 0 and 1 are the gradients of phi_q[f] and phi_k[f] at position s * (P / S) + q, to be added over
-        parities; 2 and 3 are real and imaginary part of the spectrum of the correlation, frequency (u, t, q) with
-        s = u * R + t at block u * (P / S) + q of the digit order, to be added over features and batch.
+        the first radix, see `te.gpu_gradients.channels`; spectrum `[H, 2, R, P / R, 2]` with R the last radix, tables
+        (flat), correlation `[B, H, m, 2, 2, S, P / S]`, grad_phi_k and grad_phi_q `[B, H, m, 2, S, P / S]`. The latter
+        are to be added over parities. Of the correlation's spectrum, to be added over features and batch, real and
+        imaginary part are given, frequency (u, t, q) with s = u * R + t at block u * (P / S) + q of the digit order.
     """
     m, row, radices = config.num_features, config.row, config.radices
     batch, heads = sizes.batch, sizes.heads
     first, last = radices[0], radices[-1]
     rest = row // first
-    phi = _features(config, sizes)
-    channels_shape = (cx.int64(2), batch, heads, *map(cx.int64, (config.pairs, 2, first, rest, 2)))
-    channels = te.placeholder(channels_shape, cx.FLOAT, "channels")
-    spectrum, tables = _spectrum(config, sizes), make_tables(config)
-    lead = (batch, heads, m, 2, config.pairs, 2)
+    phi_q, phi_k = _features(config, sizes)
+    channels, spectrum, tables = _channels(config, sizes), _spectrum(config, sizes), make_tables(config)
+    lead = (batch, heads, m, 2, config.pairs)
 
-    def load(where: tuple[Expr, ...], s: int, q: Expr) -> Complex:
-        b, h, feature, parity, pair, side = where
-        at = (b, h, feature, s * rest + q)
-        weight = tirx.Select(side == 0, phi[1][at], phi[0][at])
-        return cx.scale(cx.load(channels, side, b, h, pair, parity, s, q), weight)
+    def spectra(name: str, side: int, weight: te.Tensor) -> te.Tensor:
+        def load(where: tuple[Expr, ...], s: int, q: Expr) -> Complex:
+            b, h, feature, parity, pair = where
+            return cx.scale(cx.load(channels, side, b, h, pair, parity, s, q), weight[b, h, feature, s * rest + q])
 
-    ahead = gpu_dft.forward("ahead", radices, lead, tables, load, lambda where, block, t, value: value)
-    # what a thread has made of the spectra of both sides
-    kept = cx.compute(
-        (*lead, first // last, last, rest, 2),
-        lambda b, h, f, p, e, side, u, t, q, c: ahead[b, h, f, p, e, side, u * rest + q, t, 0, 0, c],
-        "kept",
-    )
+        return kept_spectra(name, radices, lead, tables, load)
 
-    def weighted(where: tuple[Expr, ...], block: Expr, t: int) -> Complex:
-        _, h, _, parity, _, side = where
-        real, imaginary = cx.load(spectrum, h, parity, t, block)
-        # the spectrum of C^T is the conjugate of that of C
-        factor = real, tirx.Select(side == 0, imaginary, -imaginary)
-        return cx.mul(cx.load(kept, *where, block // rest, t, block % rest), factor)
-
-    back = gpu_dft.inverse("back", radices, lead, tables, weighted)
-
-    def dot(b: Expr, h: Expr, f: Expr, p: Expr, e: Expr, side: Expr, s: Expr, q: Expr) -> Expr:
-        # both are twisted, and the twists cancel
-        product, other = cx.load(back, b, h, f, p, e, side, 0, s, q), cx.load(channels, 1 - side, b, h, e, p, s, q)
-        return product[0] * other[0] + product[1] * other[1]
-
-    dots = cx.compute((*lead, first, rest), dot, "dots")
+    values, grads = spectra("values", 0, phi_k), spectra("grads", 1, phi_q)
     pair = te.reduce_axis((cx.int64(0), cx.int64(config.pairs)), "pair")
 
-    def of_pair(b: Expr, h: Expr, f: Expr, p: Expr, kind: Expr, s: Expr, q: Expr) -> Expr:
-        values, grads = (cx.load(kept, b, h, f, p, pair, side, s // last, s % last, q) for side in (0, 1))
-        crossed = cx.mul_conj(values, grads)
-        of_features = [dots[b, h, f, p, pair, side, s, q] for side in (0, 1)]
-        options = [*of_features, *crossed]
-        chosen = options[-1]
-        for position in (2, 1, 0):
-            chosen = tirx.Select(kind == position, options[position], chosen)
-        return te.sum(chosen, axis=pair)
+    def cross(b: Expr, h: Expr, f: Expr, p: Expr, c: Expr, s: Expr, q: Expr) -> Expr:
+        at = (b, h, f, p, pair, s // last, s % last, q)
+        return te.sum(cx.part(c, cx.mul_conj(cx.load(values, *at), cx.load(grads, *at))), axis=pair)
 
-    sums = cx.compute((batch, heads, m, 2, 4, first, rest), of_pair, "sums")
-    return [*phi, channels, spectrum, tables.tensor, sums]
+    correlation = cx.compute((batch, heads, m, 2, 2, first, rest), cross, "correlation")
+
+    def grad_phi(name: str, kept: te.Tensor, side: int, product: Callable[[Complex, Complex], Complex]) -> te.Tensor:
+        """Products of a side with the weights, times the channels of the other side, summed over these."""
+
+        def weighted(where: tuple[Expr, ...], block: Expr, t: int, value: Complex) -> Complex:
+            return product(value, cx.load(spectrum, where[1], where[3], t, block))
+
+        back = back_from(name, radices, lead, tables, kept, weighted)
+        over = te.reduce_axis((cx.int64(0), cx.int64(config.pairs)), "pair")
+
+        def dot(b: Expr, h: Expr, f: Expr, p: Expr, s: Expr, q: Expr) -> Expr:
+            # both are twisted, and the twists cancel
+            x, y = cx.load(back, b, h, f, p, over, 0, s, q), cx.load(channels, 1 - side, b, h, over, p, s, q)
+            return te.sum(x[0] * y[0] + x[1] * y[1], axis=over)
+
+        return cx.compute((batch, heads, m, 2, first, rest), dot, f"of_{name}")
+
+    # the spectrum of C^T is the conjugate of that of C
+    grad_phi_k = grad_phi("grads", grads, 1, cx.mul_conj)
+    grad_phi_q = grad_phi("values", values, 0, cx.mul)
+    return [phi_q, phi_k, channels, spectrum, tables.tensor, correlation, grad_phi_k, grad_phi_q]
+
+
+def kept_spectra(
+    name: str, radices: tuple[int, ...], lead: Sequence[Expr], tables: gpu_dft.Tables, load: gpu_dft.LoadForward
+) -> te.Tensor:
+    """Return spectra as the thread that makes them keeps them, `kept_<name>`, `lead + [S / R, R, P / S, 2]`.
+
+    Frequency (u, t, q) is block u * (P / S) + q, number t, of the digit order; S is the first radix, R the last one.
+    """
+    rest = math.prod(radices[1:])
+    ahead = gpu_dft.forward(f"ahead{name}", radices, lead, tables, load, lambda where, block, t, value: value)
+
+    def keep(*index: Expr) -> Expr:
+        *where, u, t, q, c = index
+        return ahead[(*where, u * rest + q, t, 0, 0, c)]
+
+    return cx.compute((*lead, radices[0] // radices[-1], radices[-1], rest, 2), keep, f"kept_{name}")
+
+
+def back_from(
+    name: str,
+    radices: tuple[int, ...],
+    lead: Sequence[Expr],
+    tables: gpu_dft.Tables,
+    kept: te.Tensor,
+    weighted: gpu_dft.Finish,
+) -> te.Tensor:
+    """Return the inverse transforms of `kept_spectra`, each number changed by `weighted`."""
+    rest = math.prod(radices[1:])
+
+    def load(where: tuple[Expr, ...], block: Expr, t: int) -> Complex:
+        return weighted(where, block, t, cx.load(kept, *where, block // rest, t, block % rest))
+
+    return gpu_dft.inverse(f"back{name}", radices, lead, tables, load)

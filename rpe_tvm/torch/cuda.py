@@ -46,7 +46,7 @@ def attention(
         Whether query i sees only keys j <= i.
     """
     config, functions = instance.config, instance.functions
-    with _current(query):
+    with current_gpu(query):
         if isinstance(config, TensorCoreConfig):
             tensors = (*(_in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
             if gpu_direct.is_fused(config, *query.shape[:3]):
@@ -55,7 +55,7 @@ def attention(
                 functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
             return
         if f"forward_{feature_map}" in functions:
-            forward, tables = functions[f"forward_{feature_map}"], _tables(config, query.device)
+            forward, tables = functions[f"forward_{feature_map}"], constant_tables(config, query.device)
             workspace = _workspace(config, query, key)
             forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
             return
@@ -78,12 +78,12 @@ def attention_on_features(
     """Write attention on ready features to `out`; as `attention`, with phi_q ``[B, H, n_q, m]``, phi_k
     ``[B, H, n_k, m]``.
     """
-    with _current(phi_q):
+    with current_gpu(phi_q):
         packed = [_pack(instance, phi) for phi in (phi_q, phi_k)]
         _on_features(instance, packed[0], packed[1], value, rpe_bias, out, is_causal)
 
 
-def _current(x: Tensor) -> AbstractContextManager[object]:
+def current_gpu(x: Tensor) -> AbstractContextManager[object]:
     """Make x's GPU the current one for a while: the functions do that, and would leave it so."""
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
@@ -131,7 +131,7 @@ def _on_features(
         _in_shared_memory(instance, phi_q, phi_k, value, weights, partial)
     else:
         _by_columns_and_rows(instance, phi_q, phi_k, value, weights, partial)
-    functions["normalise"](partial, _tables(config, value.device), out)
+    functions["normalise"](partial, constant_tables(config, value.device), out)
 
 
 Weights = tuple[Tensor, Tensor, int, int, int]  # rpe_bias, its largest entry of each head, n_q, n_k, whether causal
@@ -141,7 +141,7 @@ def _in_shared_memory(
     instance: GpuInstance, phi_q: Tensor, phi_k: Tensor, value: Tensor, weights: Weights, partial: Tensor
 ) -> None:
     config, functions = _fft_config(instance), instance.functions
-    tables = _tables(config, value.device)
+    tables = constant_tables(config, value.device)
     spectrum = value.new_empty(gpu_buffers.spectrum(config, phi_q.shape[1]))
     functions["spectrum"](*weights, tables, spectrum)
     by_first_radix = torch.unflatten(partial, 4, (config.folds, config.radices[0], -1))
@@ -152,7 +152,7 @@ def _by_columns_and_rows(
     instance: GpuInstance, phi_q: Tensor, phi_k: Tensor, value: Tensor, weights: Weights, partial: Tensor
 ) -> None:
     config, functions = _fft_config(instance), instance.functions
-    tables = _tables(config, value.device)
+    tables = constant_tables(config, value.device)
     batch, heads = phi_q.shape[:2]
     first_radix = (config.radices[0], -1)
     columns = value.new_empty(gpu_buffers.spectrum_columns(config, heads))
@@ -187,6 +187,6 @@ def _fft_config(instance: GpuInstance) -> GpuAttentionConfig:
 
 
 @functools.cache
-def _tables(config: GpuAttentionConfig, device: torch.device) -> Tensor:
+def constant_tables(config: GpuAttentionConfig, device: torch.device) -> Tensor:
     """The constant tables on a device, copied there once."""
     return torch.from_numpy(gpu.tables(config)).to(device)

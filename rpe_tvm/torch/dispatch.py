@@ -205,7 +205,7 @@ def get_gpu_backward(gpu_index: int, n: int, num_features: int, head_dim: int) -
             name=f"backward-m{num_features}-d{head_dim}-float32",
             options=f"--op backward --features {num_features} --head-dim {head_dim} --target cuda",
             load=lambda path, length: load_gpu_backward(path, gpu_index),
-            choose=lambda target, bucket: gpu_backward.choose(bucket, num_features, head_dim),
+            choose=lambda target, bucket: gpu_backward.choose(bucket, num_features, head_dim, target.shared_bytes),
             wrap=None,
             target=gpus()[gpu_index].arch,
         ),

@@ -14,13 +14,21 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from calls_on_cpu import compile_calls  # noqa: E402
 from cuda_on_cpu import compile_kernel  # noqa: E402
 
 from rpe_tvm import reference
+from rpe_tvm.plan import gpu_buffers
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig, choose
 from rpe_tvm.reference import gradients
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu_operator import function_names
+from rpe_tvm.schedules import gpu_backward as schedules
+from rpe_tvm.schedules.gpu_gradients import THREADS
+from rpe_tvm.te import gpu_backward_calls
+from rpe_tvm.te.features import FEATURE_MAPS as MAPS
+from rpe_tvm.te.gpu_attention import TILE
+from rpe_tvm.te.gpu_gradients import column_groups
 from rpe_tvm.torch import core, operators
 
 pytestmark = pytest.mark.compile
@@ -28,86 +36,133 @@ pytestmark = pytest.mark.compile
 M, D, B, H = 3, 3, 2, 2
 SHORT = choose(60, M, D)
 STAGES = GpuBackwardConfig(M, 4, 128, (8, 4, 4), 16)
+COLUMNS = GpuBackwardConfig(M, 4, 256, (8, 8), 8, columns=4)
 
 
 class Emulated:
-    """The compiled functions of a config, run on the CPU block by block."""
+    """The compiled functions of a config: those of the host compiled for the CPU, kernels run block by block."""
 
     def __init__(self, config: GpuBackwardConfig) -> None:
-        self.config, self.source, self.kernels = config, generated(config), {}
+        self.config, self.kernels = config, {}
         self.directory = tempfile.TemporaryDirectory()
         self.calls: list[str] = []
-        self.instance = GpuInstance(
-            config, {name: functools.partial(self.call, name) for name in function_names(config)}
-        )
+        self.source, self.parameters = generated(config)
+        whole = []
+        if config.columns == 1:
+            whole = [gpu_backward_calls.gradients(config), *(gpu_backward_calls.backward(config, x) for x in MAPS)]
+        functions: dict[str, Callable[..., None]] = {
+            name: functools.partial(self.call, name) for name in self.parameters
+        }
+        path = Path(self.directory.name)
+        for host in whole:
+            functions[str(host.attrs["global_symbol"])] = compile_calls(host, functions, path)
+        self.instance = GpuInstance(config, functions)
 
     def call(self, name: str, *arguments: Any) -> None:
         self.calls.append(name)
         arrays = [x.numpy() if isinstance(x, torch.Tensor) else x for x in arguments]
-        method: Callable[..., None] = self.features if name.startswith("features") else getattr(self, name)
-        method(*arrays, **({"name": name} if name.startswith("features") else {}))
+        if name.startswith("features"):
+            self.features(name, *arrays)
+        elif name == "largest":
+            # its kernel reduces across threads with shuffles, which cannot run here
+            bias, n_q, _, causal, largest = arrays
+            largest[:] = bias[:, : n_q if causal else None].max(1)
+        else:
+            given = dict(zip(self.parameters[name], arrays, strict=True))
+            # pairs of channels that are there at once, and head or batch elsewhere
+            first = next((x for key, x in given.items() if key in ("transformed", "product", "grads", "channels")), ())
+            given["count"] = len(first)
+            for kernel, grid, threads in self.launches(name, given):
+                self.launch(kernel, grid, threads, given)
 
-    def launch(self, kernel: str, grid: tuple[int, int, int], threads: int, **arguments: Any) -> None:
+    def launches(self, name: str, given: dict[str, Any]) -> list[tuple[str, tuple[int, int, int], int]]:
+        """Kernel, grid and threads of a block."""
+        config, per_stage = self.config, self.config.threads
+        groups, _ = column_groups(config)
+        batch, heads, m, n1 = B, H, config.num_features, config.columns
+        tiles = config.length // TILE
+        count = given["count"]
+        per_column = min(128, config.row)
+        of_columns = config.row // per_column
+        by_columns = {
+            "spectrum_columns": ((of_columns, 2, heads), per_column),
+            "spectrum_rows": ((n1, 2, heads), per_stage),
+            "columns": ((of_columns, 2, count), per_column),
+            "rows": ((m * n1, 2, count), per_stage),
+            "back_columns": ((of_columns, 2, count), per_column),
+            "columns_backward": ((of_columns, 2, count), per_column),
+            "rows_backward": ((n1, 2, m), per_stage),
+            "dots_backward": ((of_columns, m, 1), per_column),
+        }
+        if name in by_columns:
+            grid, threads = by_columns[name]
+            return [(f"{name}_kernel", grid, threads)]
+        grids: dict[str, tuple[int, int, int]] = {
+            "spectrum": (2, per_stage, 1),
+            "denominators": (2 * config.num_features, per_stage, batch),
+            "backward": (2 * config.num_features, per_stage, batch),
+            "value_sums": (2 * config.value_pairs, per_stage, batch),
+            "weight_sums": (2, per_stage, 1),
+            "channels": (tiles, THREADS, batch),
+            "grad_value": (tiles, THREADS, batch),
+            "correlation_sums": (-(-4 * config.length // THREADS), THREADS, 1),
+            "grad_bias": (-(-2 * config.length // THREADS), THREADS, 1),
+        }
+        if name in grids:
+            blocks, threads, outer = grids[name]
+            return [(f"{name}_kernel", (blocks, heads, outer), threads)]
+        return [
+            (f"{name}_kernel{suffix}", (-(-given[x].shape[2] // TILE), heads, batch), groups * TILE)
+            for suffix, x in (("", "query"), ("_1", "key"))
+        ]
+
+    def launch(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: dict[str, Any]) -> None:
         if kernel not in self.kernels:
             self.kernels[kernel] = compile_kernel(self.source, Path(self.directory.name), kernel)
-        sizes = {}
+        sizes: dict[str, Any] = {"batch": B, "heads": H}
         for name, x in arguments.items():
-            if name in ("query", "key", "value"):
+            if isinstance(x, np.ndarray):
                 sizes |= {f"{name}_stride{axis}": x.strides[axis] // 4 for axis in range(x.ndim - 1)}
+            for size, names in (("n_query", ("query", "grad_out")), ("n_key", ("key", "value"))):
+                if name in names:
+                    sizes[size] = x.shape[-2]
+        if kernel == "grad_value_kernel":
+            sizes["n_key"] = arguments["out"].shape[2]
         for z in range(grid[2]):
             for y in range(grid[1]):
                 for x in range(grid[0]):
-                    self.kernels[kernel]((x, y, z), threads, {"batch": grid[2], "heads": grid[1], **sizes, **arguments})
+                    self.kernels[kernel]((x, y, z), threads, sizes | arguments)
 
-    def features(self, query: Any, key: Any, projection: Any, phi_q: Any, phi_k: Any, name: str) -> None:
+    def features(self, name: str, query: Any, key: Any, projection: Any, phi_q: Any, phi_k: Any) -> None:
         # those of the forward pass, and tested with it
         feature_map = {"features_prf": reference.prf, "features_nprf": reference.nprf}[name]
         for x, phi in ((query, phi_q), (key, phi_k)):
             phi[:] = 0.0
             phi[..., : x.shape[2]] = feature_map(x, projection).swapaxes(2, 3)
 
-    def largest(self, bias: Any, n_q: int, n_k: int, causal: int, largest: Any) -> None:
-        # its kernel reduces across threads with shuffles, which cannot run here
-        largest[:] = bias[:, : n_q if causal else None].max(1)
 
-    def spectrum(self, bias: Any, largest: Any, n_q: int, n_k: int, causal: int, tables: Any, spectrum: Any) -> None:
-        arguments = {"rpe_bias": bias, "largest": largest, "n_query": n_q, "n_key": n_k, "causal": causal}
-        grid = (2, len(bias), 1)
-        self.launch("spectrum_kernel", grid, self.config.threads, **arguments, tables=tables, spectrum=spectrum)
-
-    def denominators(self, phi_q: Any, phi_k: Any, spectrum: Any, tables: Any, terms: Any) -> None:
-        arguments = {"phi_q": phi_q, "phi_k": phi_k, "spectrum": spectrum, "tables": tables, "terms": terms}
-        self.launch("denominators_kernel", (2 * M, *phi_q.shape[1::-1]), self.config.threads, **arguments)
-
-    def backward(self, phi_q: Any, phi_k: Any, channels: Any, spectrum: Any, tables: Any, sums: Any) -> None:
-        arguments = {"phi_q": phi_q, "phi_k": phi_k, "channels": channels, "spectrum": spectrum, "tables": tables}
-        self.launch("backward_kernel", (2 * M, *phi_q.shape[1::-1]), self.config.threads, **arguments, sums=sums)
-
-    def attention(self, phi_q: Any, phi_k: Any, value: Any, spectrum: Any, tables: Any, partial: Any) -> None:
-        arguments = {"phi_q": phi_q, "phi_k": phi_k, "value": value, "spectrum": spectrum, "tables": tables}
-        grid = (2 * partial.shape[2], *phi_q.shape[1::-1])
-        n_key = value.shape[2]
-        self.launch("attention_kernel", grid, self.config.threads, **arguments, partial=partial, n_key=n_key)
-
-
-def generated(config: GpuBackwardConfig) -> str:
-    """The CUDA source of all functions of a config."""
+def generated(config: GpuBackwardConfig) -> tuple[str, dict[str, list[str]]]:
+    """The CUDA source of the kernels of a config, and the names of each function's parameters."""
     import tvm
     from tvm.target import Target
 
-    from rpe_tvm.build.device_code import generate
+    from rpe_tvm.build.device_code import CALLS_ATTRIBUTE, generate
     from rpe_tvm.build.lower_gpu_backward import lower
 
     target = Target({"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024}, host={"kind": "llvm"})
-    functions = lower(config).mod.functions_items()
-    kept = tvm.IRModule({at.name_hint: f for at, f in functions if not at.name_hint.startswith("features")})
+    functions = [(at.name_hint, f) for at, f in lower(config).mod.functions_items()]
+    kept = {name: f for name, f in functions if not name.startswith("features") and CALLS_ATTRIBUTE not in f.attrs}
     with target, tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
-        return generate(kept, target, config.name).source
+        source = generate(tvm.IRModule(kept), target, config.name).source
+    return source, {name: [x.name for x in f.params] for name, f in functions if CALLS_ATTRIBUTE not in f.attrs}
 
 
 @functools.cache
 def emulated(config: GpuBackwardConfig) -> Emulated:
-    return Emulated(config)
+    with pytest.MonkeyPatch.context() as patched:
+        # spectra of values as long rows keep them, and for SHORT as short ones do
+        patched.setattr(schedules, "KEPT_IN_SHARED", 65 if config == SHORT else 0)
+        return Emulated(config)
 
 
 @pytest.fixture
@@ -153,6 +208,7 @@ CASES = [
     (37, 60, SHORT, "prf", False),
     (60, 37, SHORT, "nprf", True),
     (101, 127, STAGES, "prf", True),
+    (250, 200, COLUMNS, "nprf", False),
 ]
 
 
@@ -162,6 +218,7 @@ def test_numbers(
     monkeypatch: pytest.MonkeyPatch, n_q: int, n_k: int, config: GpuBackwardConfig, feature_map: str, is_causal: bool
 ) -> None:
     made = _serve(monkeypatch, config)
+    monkeypatch.setattr(gpu_buffers, "pairs_at_once", lambda config: 2)  # of 3
     inputs = _inputs(n_q, n_k, config.head_dim)
     grad_out, *tensors = inputs.values()
     arrays = [x.double().numpy() for x in inputs.values()]
@@ -172,8 +229,9 @@ def test_numbers(
     want = reference.attention_gradients(*arrays, feature_map, is_causal)
     # causal: rows of few terms carry the rounding errors of the longest sums, see docs/operators.md
     _check(found, want, 1e-3 if is_causal else 2e-6)
-    unused = {f"features_{name}" for name in ("prf", "nprf") if name != feature_map}
-    assert set(made.calls) == set(function_names(config)) - unused
+    other = {"prf": "_nprf", "nprf": "_prf"}[feature_map]
+    kernels = {name for name in function_names(config) if not name.startswith("backward_") and name != "gradients"}
+    assert set(made.calls) == {name for name in kernels if not name.endswith(other)}
 
 
 @pytest.mark.usefixtures("fresh_memory_holds_nan")

@@ -311,7 +311,7 @@ def test_another_current_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch, curren
     monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(str(device)) or contextlib.nullcontext())
     with FakeTensorMode():
         x = torch.empty(1, device="cuda:0")
-    with cuda._current(x):
+    with cuda.current_gpu(x):
         assert seen == entered
 
 

@@ -128,16 +128,13 @@ def _keys(
 
     channels, weights, terms, _ = config.stage_places
     query = lane.warp_k * config.share
-    by_row, by_column = query + lane.lane % 16, query + lane.lane // 16 * 8 + lane.lane % 8
-    low, high = lane.lane // 16 * CHUNK_BYTES, lane.lane // 8 % 2 * CHUNK_BYTES
+    row, column = query + lane.lane % 16, lane.lane // 16 * CHUNK_BYTES
     places = _Places(
         *(
             let(name, base + warp.uint32(place))
             for name, place in (
-                ("features_by_row", by_row * config.feature_row_bytes + low),
-                ("features_by_column", by_column * config.feature_row_bytes + high),
-                ("channels_by_row", channels + by_row * config.channel_row_bytes + low),
-                ("channels_by_column", channels + by_column * config.channel_row_bytes + high),
+                ("features_at", row * config.feature_row_bytes + column),
+                ("channels_at", channels + row * config.channel_row_bytes + column),
                 ("weights_at", weights + 4 * (config.tile + lane.row - query + lane.group - 2 * lane.pair)),
                 ("terms_at", terms + 4 * (query + 2 * lane.pair)),
             )
@@ -184,10 +181,8 @@ def _keys(
 class _Places:
     """Addresses that a lane reads in a stage."""
 
-    features_by_row: Expr
-    features_by_column: Expr
-    channels_by_row: Expr
-    channels_by_column: Expr
+    features: Expr
+    channels: Expr
     weights: Expr
     terms: Expr
 
@@ -246,7 +241,7 @@ def _add_tile(
                 kept = [rows[(block * depth + k) * 4 + i] for i in range(4)]
                 for half in (0, 1):
                     sums_of_half = [target[block * 8 + half * 4 + i] for i in range(4)]
-                    warp.multiply_add(dtype, sums_of_half, kept, [operand[2 * half], operand[2 * half + 1]])
+                    warp.multiply_add(dtype, sums_of_half, kept, [operand[half], operand[half + 2]])
 
     def add(rows: Buffer, target: Buffer, columns: int, address: Expr, row_bytes: int, sixteen: int) -> None:
         """Add 16 rows of the tile, times the numbers of kept rows."""
@@ -260,7 +255,6 @@ def _add_tile(
                     columns_of_half = [operand[2 * half], operand[2 * half + 1]]
                     warp.multiply_add(dtype, [target[first + i] for i in range(4)], factors, columns_of_half)
 
-    diagonals.reset()
     load_weights(range(0, highest + 1))
     for sixteen in range(sixteens):
         load_weights(range(-2 * sixteen - 1, -2 * sixteen))
@@ -275,8 +269,8 @@ def _add_tile(
             for i in range(8):
                 T.buffer_store(pulls, terms[i // 4 * 4 + i % 2], [block * 8 + i])
         features, channels = config.feature_row_bytes, config.channel_row_bytes
-        multiply(phi, scores, config.padded_features // ROWS, places.features_by_column, features, sixteen)
-        multiply(value, pulls, config.padded_channels // ROWS, places.channels_by_column, channels, sixteen)
+        multiply(phi, scores, config.padded_features // ROWS, places.features, features, sixteen)
+        multiply(value, pulls, config.padded_channels // ROWS, places.channels, channels, sixteen)
         for block in range(blocks):
             for half in (0, 1):
                 for lower in (0, 1):
@@ -291,8 +285,8 @@ def _add_tile(
                     place = block * 4 + half * 2 + lower
                     warp.pack(dtype, weighted[place], *(scores[i] for i in pair))
                     warp.pack(dtype, pulled[place], *(pulls[i] for i in pair))
-        add(weighted, sums.value, sums.channels, places.channels_by_row, channels, sixteen)
-        add(pulled, sums.grad, sums.features, places.features_by_row, features, sixteen)
+        add(weighted, sums.value, sums.channels, places.channels, channels, sixteen)
+        add(pulled, sums.grad, sums.features, places.features, features, sixteen)
         # queries further down touch only lower steps
         complete = highest - 2 * sixteen
         diagonals.store(odd, range(complete - 1 if sixteen + 1 < sixteens else lowest, complete + 1))

@@ -102,12 +102,11 @@ def _build(config: TensorCoreBackwardConfig) -> None:
 
         channels, weights, *_ = config.stage_places
         key = lane.warp_k * config.share
-        in_features = (key + lane.lane % 16) * config.feature_row_bytes + lane.lane // 16 * CHUNK_BYTES
-        in_channels = (key + lane.lane // 16 * 8 + lane.lane % 8) * config.channel_row_bytes
-        in_channels = in_channels + lane.lane // 8 % 2 * CHUNK_BYTES
+        row, column = key + lane.lane % 16, lane.lane // 16 * CHUNK_BYTES
+        in_features, in_channels = row * config.feature_row_bytes, row * config.channel_row_bytes
         in_weights = config.rows + key - lane.row + 2 * lane.pair - lane.group
-        features_at = let("features_at", base + warp.uint32(in_features))
-        channels_at = let("channels_at", base + warp.uint32(channels + in_channels))
+        features_at = let("features_at", base + warp.uint32(in_features + column))
+        channels_at = let("channels_at", base + warp.uint32(channels + in_channels + column))
         weights_at = let("weights_at", base + warp.uint32(weights + in_weights * 4))
 
         def load(stage: Expr, tile: Expr) -> None:
@@ -198,7 +197,7 @@ def _add_tile(
                 rows = [grad[(block * depth + k) * 4 + i] for i in range(4)]
                 for half in (0, 1):
                     pull = [pulls[block * 8 + half * 4 + i] for i in range(4)]
-                    warp.multiply_add(dtype, pull, rows, [operand[2 * half], operand[2 * half + 1]])
+                    warp.multiply_add(dtype, pull, rows, [operand[half], operand[half + 2]])
         for block in range(blocks):
             for half in (0, 1):
                 for lower in (0, 1):

@@ -45,14 +45,13 @@ class Diagonals:
             with T.If(place < 2 * self.config.diagonal_bytes // 4), T.Then():
                 warp.store_float(self.start + warp.uint32(place * 4), 0, T.float32(0))
 
-    def reset(self) -> None:
-        """Begin a tile."""
-        warp.zero(self.sums, 2 * self.config.diagonals)
+        self.begun: set[int] = set()
 
     def add(self, step: int, column: int, value: Expr) -> None:
         """Add a number of this lane."""
         at = 2 * (step - self.lowest) + column
-        T.buffer_store(self.sums, self.sums[at] + value, [at])
+        T.buffer_store(self.sums, self.sums[at] + value if at in self.begun else value, [at])
+        self.begun.add(at)
 
     def store(self, odd: Expr, steps: range) -> None:
         """Write the sums of the steps that are complete; of odd tiles in the second place."""

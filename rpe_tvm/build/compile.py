@@ -17,6 +17,7 @@ from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.targets import AnyTarget, TargetSpec, to_tvm
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from rpe_tvm.build.lower import Lowered
 
-Config = AttentionConfig | BackwardConfig | ToeplitzConfig | GpuAttentionConfig | TensorCoreConfig
+OfGpu = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig
+Config = AttentionConfig | BackwardConfig | ToeplitzConfig | OfGpu
 
 _DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
 
@@ -168,11 +170,14 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
         lower_gpu,
         lower_gpu_backward,
         lower_tensor_cores,
+        lower_tensor_cores_backward,
         lower_toeplitz,
     )
 
-    if isinstance(config, GpuAttentionConfig | TensorCoreConfig):
+    if isinstance(config, OfGpu):
         if isinstance(target, GpuTargetSpec):
+            if isinstance(config, TensorCoreBackwardConfig):
+                return lower_tensor_cores_backward.lower(config)
             if isinstance(config, TensorCoreConfig):
                 return lower_tensor_cores.lower(config)
             if isinstance(config, GpuBackwardConfig):

@@ -66,6 +66,8 @@ class TensorCoreBackwardConfig:
             raise ValueError(
                 f"Invalid tile: expected a multiple of {ROWS * self.shares} for {self.shares} shares, got {self.tile}."
             )
+        if self.positions % 64:  # buffers in a workspace then begin where they may
+            raise ValueError(f"Invalid tile: expected {self.rows} rows or it to be a multiple of 64, got {self.tile}.")
         if self.positions % self.rows or self.positions % self.tile:
             raise ValueError(f"Invalid tile: expected a multiple or a divisor of {self.rows} rows, got {self.tile}.")
         if self.threads > 1024:
@@ -194,12 +196,17 @@ class TensorCoreBackwardConfig:
         return cls(**fields_from_json(fields))
 
 
-def turns(config: TensorCoreBackwardConfig, batch: Any, heads: Any, n_key: Any) -> Any:
-    """Return how many blocks of keys one block of threads takes, one after the other.
+def diagonals_shape(
+    config: TensorCoreBackwardConfig, batch: int, heads: int, n_query: int, n_key: int
+) -> tuple[int, int, int, int]:
+    """Return the shape of the sums along diagonals of each slot, a block of threads, laid out as the weights are.
 
-    Each has an array of bias gradients of its own, so no more of them are started than run at once.
+    Slots take the blocks of keys of their head in turns: no more of them are started than run at once.
     """
-    return -(-batch * heads * -(-n_key // config.rows) // BLOCKS)
+    blocks = -(-n_key // config.rows)
+    turns = -(-batch * heads * blocks // BLOCKS)
+    width = round_up(n_query, config.positions) + round_up(n_key, config.positions)
+    return batch, heads, -(-blocks // turns), width
 
 
 def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCoreBackwardConfig:

@@ -1,14 +1,14 @@
 """Gradients of the keys, the values and the bias on tensor cores: a block keeps keys and walks over the queries.
 
-With G = grad_out, w_i = -G_i . out_i, r_i = n_k / den_i and C the Toeplitz weights, for each pair (i, j):
+With G = grad_out, w_i = -G_i . out_i, r_i = s / den_i and C the Toeplitz weights, for each pair (i, j):
 
     P_ij = (phi_q_i . phi_k_j) c[j-i] r_i        T_ij = G_i . value_j + w_i        D_ij = T_ij c[j-i] r_i
 
-    n_k grad value_j = sum_i P_ij G_i            n_k grad phi_k_j = sum_i D_ij phi_q_i
-    n_k grad b[t] = sum_(j-i=t) P_ij T_ij
+    s grad value_j = sum_i P_ij G_i            s grad phi_k_j = sum_i D_ij phi_q_i
+    s grad b[t] = sum_(j-i=t) P_ij T_ij
 
 P is divided by the denominators before it is rounded, so that float16 holds it whatever the size of features and
-weights; without the factor n_k, which is taken out at the end, float16 would lose it in long sequences.
+weights; without the factor s, n_k up to 32768, which is taken out at the end, it would be too small in long sequences.
 Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`).
 """
 
@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, ROWS
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_backward_rows import Argument, copy_floats, copy_rows, load_rows, walk, write_argument_gradient
+from rpe_tvm.te.cuda_backward_rows import Argument, copy_floats, copy_rows, load_rows, scale, walk, write_argument_gradient
 from rpe_tvm.te.cuda_diagonals import Diagonals
 from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_tile import ELEMENT_BYTES, Place, add_partial_sums
@@ -34,7 +34,7 @@ def key_gradients(config: TensorCoreBackwardConfig) -> tvm.tirx.PrimFunc:
     normalised, of_projection, exponent, diagonals, grad_key, grad_value)` for CUDA.
 
     Arguments of the function: as of `te.cuda_backward_queries`; key, grad_key and grad_value `[B, H, n_k, d]` like
-    value; exponent `[B, H, n_k, m']`; diagonals `[B, H, slots, n_q' + n_k']` float32: becomes n_k times the gradients of
+    value; exponent `[B, H, n_k', m']`; diagonals `[B, H, slots, n_q' + n_k']` float32: becomes s times the gradients of
     the bias of all keys of a slot, laid out as table. The blocks of keys are dealt out to the slots in turns.
     """
     with function("grad_keys") as built:
@@ -74,7 +74,7 @@ def _arguments(config: TensorCoreBackwardConfig) -> tuple[_Arguments, Expr, Expr
     terms = argument("terms", (T.int64(2), batch, heads, rows_q), "float32")
     projection = argument("projection", (T.int64(config.num_features), channels), "float32", align=4)
     causal, normalised, of_projection = (T.arg(name, T.int64()) for name in ("causal", "normalised", "of_projection"))
-    exponent = argument("exponent", (batch, heads, n_key, features), "float32")
+    exponent = argument("exponent", (batch, heads, rows_k, features), "float32")
     diagonals = argument("diagonals", (batch, heads, slots, rows_q + rows_k), "float32")
     grad_key = argument("grad_key", (batch, heads, n_key, channels), dtype, strided=True)
     grad_value = argument("grad_value", (batch, heads, n_key, channels), dtype, strided=True)
@@ -303,7 +303,7 @@ def _finish(
     first_k: Expr,
 ) -> None:
     """Write the gradients of a warp's values and keys."""
-    scale = let("scale", T.float32(1) / T.Cast("float32", args.n_key))
+    inverse = let("inverse_scale", T.float32(1) / scale(args.n_key))
     pair = named("pair_of_values", warp.registers(1, "uint32"))
     for block in range(config.row_blocks):
         for lower in (0, 1):
@@ -311,7 +311,7 @@ def _finish(
             with T.If(row < args.n_key), T.Then():
                 for column in range(sums.channels):
                     first = (block * sums.channels + column) * 4 + 2 * lower
-                    warp.pack(config.dtype, pair[0], *(sums.value[first + i] * scale for i in (0, 1)))
+                    warp.pack(config.dtype, pair[0], *(sums.value[first + i] * inverse for i in (0, 1)))
                     warp.store_pair(args.grad_value.ptr_to([b, h, row, column * 8 + 2 * lane.pair]), pair[0])
-    factors = [scale] * (2 * config.row_blocks)
+    factors = [inverse] * (2 * config.row_blocks)
     write_argument_gradient(config, lane, args.key, phi, sums.grad, factors, b, h, first_k)

@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, ROWS
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_backward_rows import Argument, copy_floats, copy_rows, load_rows, walk, write_argument_gradient
+from rpe_tvm.te.cuda_backward_rows import Argument, copy_floats, copy_rows, load_rows, scale, walk, write_argument_gradient
 from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_tile import ELEMENT_BYTES, Place, add_partial_sums
 from rpe_tvm.te.cuda_warp import Buffer, Expr
@@ -35,8 +35,8 @@ def query_gradients(config: TensorCoreBackwardConfig) -> tvm.tirx.PrimFunc:
     config's dtype with any strides that are multiples of 8, at addresses that are multiples of 16 bytes, the last axis
     contiguous; phi_q, phi_k `[B, H, n', m']` and table `[H, n_q' + n_k']` as in `plan.gpu_direct_backward`; projection
     `[m, d]` float32; causal 0 or 1; normalised 1 for NPRF, 0 for PRF; of_projection 0 or 1: whether exponent
-    `[B, H, n_q, m']` float32 is written, see `te.cuda_backward_rows.Argument`; terms `[2, B, H, n_q']` float32: becomes
-    w and n_k / den, both 0 where den is 0 or there is no query.
+    `[B, H, n_q', m']` float32 is written, see `te.cuda_backward_rows.Argument`; terms `[2, B, H, n_q']` float32: becomes
+    w and `scale(n_k)` / den, both 0 where den is 0 or there is no query.
     """
     with function("grad_queries") as built:
         _build(config)
@@ -72,7 +72,7 @@ def _arguments(config: TensorCoreBackwardConfig) -> tuple[_Arguments, Expr, Expr
     table = argument("table", (heads, rows_q + rows_k), "float32")
     projection = argument("projection", (T.int64(config.num_features), channels), "float32", align=4)
     causal, normalised, of_projection = (T.arg(name, T.int64()) for name in ("causal", "normalised", "of_projection"))
-    exponent = argument("exponent", (batch, heads, n_query, features), "float32")
+    exponent = argument("exponent", (batch, heads, rows_q, features), "float32")
     terms = argument("terms", (T.int64(2), batch, heads, rows_q), "float32")
     grad_query = argument("grad_query", (batch, heads, n_query, channels), dtype, strided=True)
     of_query = Argument(query, grad_query, projection, exponent, normalised, of_projection)
@@ -248,6 +248,6 @@ def _finish(
         T.buffer_store(denominator, inverse, [at])
         with T.If(lane.pair == 0), T.Then():
             T.buffer_store(args.terms, T.Select(passes, terms[at], T.float32(0)), [0, b, h, row])
-            T.buffer_store(args.terms, denominator[at] * T.Cast("float32", args.n_key), [1, b, h, row])
+            T.buffer_store(args.terms, denominator[at] * scale(args.n_key), [1, b, h, row])
     factors = [denominator[at] for at in range(2 * blocks)]
     write_argument_gradient(config, lane, args.query, phi, sums.grad, factors, b, h, first_q)

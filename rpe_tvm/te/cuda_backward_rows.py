@@ -17,6 +17,16 @@ from rpe_tvm.te.cuda_function import let, named
 from rpe_tvm.te.cuda_tile import CHUNK, Place, share
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 
+LARGEST_SCALE = 32768
+
+
+def scale(n_key: Expr) -> Expr:
+    """Return what attention of a pair is multiplied by where it is rounded: near n_k, so that float16 holds it.
+
+    On average it is 1 / n_k, and at most 1.
+    """
+    return T.Cast("float32", T.min(n_key, LARGEST_SCALE))
+
 
 def load_rows(name: str, x: Buffer, columns: int, lane: Place, blocks: int, b: Expr, h: Expr, first: Expr) -> Buffer:
     """Return the fragments of a warp's rows, zero past the columns; rows past the last repeat it."""
@@ -108,7 +118,7 @@ class Argument:
     projection
         W, `[m, d]`.
     exponent
-        `[B, H, n, m']` float32: the gradient of the features' exponents, of which a learned projection needs the sum
+        `[B, H, n', m']` float32: in the first n rows the gradient of the features' exponents, of which a learned projection needs the sum
         over rows of its products with x'; written where `of_projection` is not 0.
     normalised
         Whether the map is NPRF (not 0) or PRF (0).
@@ -203,11 +213,11 @@ def write_argument_gradient(
         warp.quad_sum(dot, at)
         is_map = argument.normalised != 0
         unit = T.Select(square[at] > 0, T.rsqrt(square[at]), T.float32(0))
-        scale = let("scale", T.Select(is_map, unit, T.float32(config.head_dim**-0.25)))
-        across = let("across", scale * T.Select(is_map, scale * (dot[at] * largest[at]), totals[at]))
+        length = let("length", T.Select(is_map, unit, T.float32(config.head_dim**-0.25)))
+        across = let("across", length * T.Select(is_map, length * (dot[at] * largest[at]), totals[at]))
         with T.If(numbers[at] < n), T.Then():
             for column in range(columns):
-                gradients = [(a * largest[at] - x * across) * scale for x, a in elements(column)]
+                gradients = [(a * largest[at] - x * across) * length for x, a in elements(column)]
                 warp.pack(dtype, out[0], *gradients)
                 warp.store_pair(argument.grad_x.ptr_to([b, h, numbers[at], column * 8 + 2 * lane.pair]), out[0])
 

@@ -52,29 +52,30 @@ def forward(config: GpuAttentionConfig | TensorCoreConfig, feature_map: str) -> 
         out = rows("out", n_q)
 
         found, _ = places(config, batch, heads, n_q, n_k)
-        buffer = {name: _piece(workspace, place, place.shape) for name, place in found.items()}
-        _call(f"features_{feature_map}", query, key, projection, buffer["phi_q"], buffer["phi_k"])
+        buffer = {name: piece(workspace, place, place.shape) for name, place in found.items()}
+        call(f"features_{feature_map}", query, key, projection, buffer["phi_q"], buffer["phi_k"])
         if isinstance(config, TensorCoreConfig):
             origin = round_up(n_q, config.tile_q)
-            _call("weights", bias, n_q, n_k, causal, origin, buffer["table"])
-            _call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, out)
+            call("weights", bias, n_q, n_k, causal, origin, buffer["table"])
+            call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, out)
         else:
-            _call("largest", bias, n_q, n_k, causal, buffer["largest"])
-            _call("spectrum", bias, buffer["largest"], n_q, n_k, causal, tables, buffer["spectrum"])
+            call("largest", bias, n_q, n_k, causal, buffer["largest"])
+            call("spectrum", bias, buffer["largest"], n_q, n_k, causal, tables, buffer["spectrum"])
             *lead, length, part = found["partial"].shape
             radix = config.radices[0]
             by_first_radix = (*lead, config.folds, radix, length // (config.folds * radix), part)
-            partial = _piece(workspace, found["partial"], by_first_radix)
-            _call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["spectrum"], tables, partial)
-            _call("normalise", buffer["partial"], tables, out)
+            partial = piece(workspace, found["partial"], by_first_radix)
+            call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["spectrum"], tables, partial)
+            call("normalise", buffer["partial"], tables, out)
     return built.get()
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
+    """Call another function of the library."""
     T.evaluate(T.call_cpacked(SYMBOL + name, *arguments))
 
 
-def _piece(workspace: Any, place: Place, shape: tuple[Any, ...]) -> Any:
+def piece(workspace: Any, place: Place, shape: tuple[Any, ...]) -> Any:
     """Return a part of the workspace as an argument."""
     start = tirx.call_intrin("handle", "tirx.handle_add_byte_offset", buffer_data(workspace), place.offset)
     sizes = T.tvm_stack_make_shape(*(T.int64(size) if isinstance(size, int) else size for size in shape))

@@ -46,9 +46,9 @@ def attention(
         Whether query i sees only keys j <= i.
     """
     config, functions = instance.config, instance.functions
-    with _current(query):
+    with current(query):
         if isinstance(config, TensorCoreConfig):
-            tensors = (*(_in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
+            tensors = (*(in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
             if gpu_direct.is_fused(config, *query.shape[:3]):
                 functions[f"fused_{feature_map}"](*tensors, int(is_causal), out)
             else:
@@ -56,8 +56,8 @@ def attention(
             return
         if f"forward_{feature_map}" in functions:
             forward, tables = functions[f"forward_{feature_map}"], _tables(config, query.device)
-            workspace = _workspace(config, query, key)
-            forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
+            between = _workspace(config, query, key)
+            forward(query, key, value, rpe_bias, projection, tables, int(is_causal), between, out)
             return
         batch, heads = query.shape[:2]
         phi_q, phi_k = (query.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads)) for _ in range(2))
@@ -78,12 +78,12 @@ def attention_on_features(
     """Write attention on ready features to `out`; as `attention`, with phi_q ``[B, H, n_q, m]``, phi_k
     ``[B, H, n_k, m]``.
     """
-    with _current(phi_q):
+    with current(phi_q):
         packed = [_pack(instance, phi) for phi in (phi_q, phi_k)]
         _on_features(instance, packed[0], packed[1], value, rpe_bias, out, is_causal)
 
 
-def _current(x: Tensor) -> AbstractContextManager[object]:
+def current(x: Tensor) -> AbstractContextManager[object]:
     """Make x's GPU the current one for a while: the functions do that, and would leave it so."""
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
@@ -101,7 +101,7 @@ def _workspace_bytes(config: GpuConfig, shape: torch.Size, n_key: int) -> int:
     return int(size)
 
 
-def _in_whole_pieces(x: Tensor) -> Tensor:
+def in_whole_pieces(x: Tensor) -> Tensor:
     """x as tensor cores' kernels load it, copied where its rows are no whole pieces of 16 bytes."""
     if gpu_direct.is_readable(x.data_ptr(), x.stride()):
         return x

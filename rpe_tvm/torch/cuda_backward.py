@@ -1,21 +1,25 @@
 """Gradients of attention on GPUs: the sequence of compiled functions, and what torch does between them.
 
 As `rpe_tvm.torch.backward` on CPUs: kept from the forward pass are its arguments and its output, the rest is computed
-again. Everything is float32 on the caller's stream; nothing waits.
+again. Everything is on the caller's stream; nothing waits. By FFT all is float32; on tensor cores (`attention_backward`
+with a `TensorCoreBackwardConfig`) one function makes all gradients.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rpe_tvm.errors import GpuGradientError
-from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers
+from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers, gpu_direct, gpu_direct_backward, gpu_workspace
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
+from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.runtime import GpuInstance
+from rpe_tvm.torch import cuda
 from rpe_tvm.torch.backward import bias_gradient
 from rpe_tvm.torch.layouts import last_axis_contiguous
 
@@ -80,6 +84,9 @@ def attention_backward(
     tuple of Tensor
         The gradients of query, key, value, rpe_bias and projection, contiguous, in the dtypes of their tensors.
     """
+    if isinstance(instance.config, TensorCoreBackwardConfig):
+        tensors = grad_out, query, key, value, rpe_bias, projection, out
+        return _on_tensor_cores(instance, instance.config, *tensors, feature_map, is_causal, of_projection)
     dtype, projection = query.dtype, projection.contiguous()
     inputs = [last_axis_contiguous(x.float()) for x in (query, key)]
     with torch.cuda.device(query.get_device()):
@@ -96,6 +103,53 @@ def attention_backward(
             if part is not None:
                 grad_projection += part
     return *grads, found.value.to(dtype), found.rpe_bias, grad_projection
+
+
+def _on_tensor_cores(
+    instance: GpuInstance,
+    config: TensorCoreBackwardConfig,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    feature_map: str,
+    is_causal: bool,
+    of_projection: bool,
+) -> tuple[Tensor, ...]:
+    """`attention_backward` by tiles; without gradient of the projection nothing but the compiled function runs."""
+    (batch, heads, n_q, _), n_k = query.shape, key.shape[2]
+    projection = projection.contiguous()
+    with cuda.current(query):
+        rows = [cuda.in_whole_pieces(last_axis_contiguous(x)) for x in (query, key, value, out, grad_out)]
+        rows_q, rows_k = (gpu_direct.round_up(n, config.positions) for n in (n_q, n_k))
+        places, size = gpu_workspace.places(config, batch, heads, rows_q, rows_k)
+        between = torch.empty(size, dtype=torch.uint8, device=query.device)
+        shape = gpu_direct_backward.diagonals_shape(config, batch, heads, n_q, n_k)
+        diagonals = torch.empty(shape, dtype=torch.float32, device=query.device)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value, rpe_bias)]
+        blocks = rows_q // config.positions, rows_k // config.positions
+        inputs = *rows[:3], rpe_bias.contiguous(), projection, *rows[3:], int(is_causal), int(of_projection), *blocks
+        instance.functions[f"backward_{feature_map}"](*inputs, between, diagonals, *grads)
+        grad_projection = torch.zeros_like(projection)
+        if of_projection:
+            for x, place in ((query, places["exponent_q"]), (key, places["exponent_k"])):
+                end = place.offset + 4 * math.prod(place.shape)
+                exponent = between[place.offset : end].view(torch.float32).view(place.shape)
+                grad_projection += _projection_gradient(feature_map, x, exponent[:, :, : x.shape[2], : config.num_features])
+    return *grads, grad_projection
+
+
+def _projection_gradient(feature_map: str, x: Tensor, grad_exponent: Tensor) -> Tensor:
+    """Gradient ``[m, d]`` of the projection from that of the exponents, ``[B, H, n, m]``, in float32."""
+    x = x.float()
+    scale: Tensor | float = x.shape[-1] ** -0.25
+    if feature_map == "nprf":
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.where(norm == 0, 0.0, 1.0 / norm)
+    return torch.matmul(grad_exponent.mT, x * scale).sum((0, 1))
 
 
 def attention_on_features_backward(

@@ -80,7 +80,7 @@ def gradients(kernels: Kernels, inputs, slots: int, late: bool, backwards: bool,
     allowed = bias[:, : n_q if causal else None]
     table[:, rows_q - n_q + 1 :][:, : allowed.shape[1]] = np.exp(allowed - allowed.max(1, keepdims=True))
     terms = np.full((2, B, H, rows_q), np.nan, np.float32)
-    exponents = [np.full((B, H, n, config.padded_features), np.nan, np.float32) for n in (n_q, n_k)]
+    exponents = [np.full((B, H, r, config.padded_features), np.nan, np.float32) for r in (rows_q, rows_k)]
     diagonals = np.full((B, H, slots, rows_q + rows_k), np.nan, np.float32)
     written = [np.full((B, n + 3, H, d), SENTINEL, np.uint16) for n in (n_q, n_k, n_k)]
     grads = [x[:, :n].transpose(0, 2, 1, 3) for x, n in zip(written, (n_q, n_k, n_k), strict=True)]
@@ -99,7 +99,7 @@ def gradients(kernels: Kernels, inputs, slots: int, late: bool, backwards: bool,
     kernels.bias((-(-(n_q + n_k - 1) // THREADS), H, 1), sizes, False, False)
     assert all((x[:, n:] == SENTINEL).all() for x, n in zip(written, (n_q, n_k, n_k), strict=True))
     found = [from_bits(np.ascontiguousarray(grad), dtype) for grad in grads]
-    return [*found, grad_bias, *exponents]
+    return [*found, grad_bias, *(x[:, :, :n] for x, n in zip(exponents, (n_q, n_k), strict=True))]
 
 
 def make_inputs(config, n_query, n_key, feature_map, causal):

@@ -14,7 +14,7 @@ AnyBackwardConfig = GpuBackwardConfig | TensorCoreBackwardConfig
 
 @functools.lru_cache(maxsize=4096)
 def is_direct(num_features: int, head_dim: int, dtype: str) -> bool:
-    """Return whether tensor cores serve tensors of `dtype`, a name such as ``bfloat16``; float32 and all else has FFT."""
+    """Return whether tensor cores serve tensors of `dtype`, a name such as ``bfloat16``; by FFT all is float32."""
     if dtype == "float32":
         return False
     try:

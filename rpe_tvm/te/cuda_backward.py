@@ -1,4 +1,7 @@
-"""All gradients on tensor cores as one function of the host, which calls those that launch kernels; as `te.gpu_forward`."""
+"""All gradients on tensor cores as one function of the host, which calls those that launch kernels.
+
+Why: see `te.gpu_forward`.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ def backward(config: TensorCoreBackwardConfig, feature_map: str) -> tvm.tirx.Pri
     Arguments of the function: query, out, grad_out and grad_query `[B, H, n_q, d]`, key, value, grad_key and grad_value
     `[B, H, n_k, d]`, in the config's dtype, with any strides that are multiples of 8, at addresses that are multiples
     of 16 bytes, the last axis contiguous; rpe_bias and grad_rpe_bias `[H, n_q + n_k - 1]` and projection `[m, d]`
-    float32; causal 0 or 1; of_projection 0 or 1: whether `exponent_q` and `exponent_k` are written; n_q and n_k in units of
-    `positions`, rounded up; workspace bytes, as
-    many as `plan.gpu_workspace` says; diagonals float32 as `plan.gpu_direct_backward.diagonals_shape` says.
+    float32; causal 0 or 1; of_projection 0 or 1: whether `exponent_q` and `exponent_k` are written; blocks_q and
+    blocks_k: n_q and n_k in units of `positions`, rounded up; workspace bytes, as many as `plan.gpu_workspace` says;
+    diagonals float32 as `plan.gpu_direct_backward.diagonals_shape` says.
     """
     with function(f"backward_{feature_map}") as built:
         batch, heads, n_q, n_k, size = (named(x, T.int64()) for x in ("batch", "heads", "n_query", "n_key", "size"))

@@ -22,7 +22,15 @@ from tvm.script import tirx as T
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, ROWS
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_backward_rows import Argument, copy_floats, copy_rows, load_rows, scale, walk, write_argument_gradient
+from rpe_tvm.te.cuda_backward_rows import (
+    Argument,
+    copy_floats,
+    copy_rows,
+    load_rows,
+    scale,
+    walk,
+    write_argument_gradient,
+)
 from rpe_tvm.te.cuda_diagonals import Diagonals
 from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_tile import ELEMENT_BYTES, Place, add_partial_sums

@@ -21,7 +21,15 @@ from tvm.script import tirx as T
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, ROWS
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_backward_rows import Argument, copy_floats, copy_rows, load_rows, scale, walk, write_argument_gradient
+from rpe_tvm.te.cuda_backward_rows import (
+    Argument,
+    copy_floats,
+    copy_rows,
+    load_rows,
+    scale,
+    walk,
+    write_argument_gradient,
+)
 from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_tile import ELEMENT_BYTES, Place, add_partial_sums
 from rpe_tvm.te.cuda_warp import Buffer, Expr
@@ -33,10 +41,10 @@ def query_gradients(config: TensorCoreBackwardConfig) -> tvm.tirx.PrimFunc:
 
     Arguments of the function: query, grad_out, out and grad_query `[B, H, n_q, d]`, value `[B, H, n_k, d]` of the
     config's dtype with any strides that are multiples of 8, at addresses that are multiples of 16 bytes, the last axis
-    contiguous; phi_q, phi_k `[B, H, n', m']` and table `[H, n_q' + n_k']` as in `plan.gpu_direct_backward`; projection
+    contiguous; phi_q, phi_k `[B, H, n', m']` and table `[H, n_q' + n_k']` as in `plan.gpu_workspace`; projection
     `[m, d]` float32; causal 0 or 1; normalised 1 for NPRF, 0 for PRF; of_projection 0 or 1: whether exponent
-    `[B, H, n_q', m']` float32 is written, see `te.cuda_backward_rows.Argument`; terms `[2, B, H, n_q']` float32: becomes
-    w and `scale(n_k)` / den, both 0 where den is 0 or there is no query.
+    `[B, H, n_q', m']` float32 is written, see `te.cuda_backward_rows.Argument`; terms `[2, B, H, n_q']` float32:
+    becomes w and `scale(n_k)` / den, both 0 where den is 0 or there is no query.
     """
     with function("grad_queries") as built:
         _build(config)
@@ -111,7 +119,9 @@ def _build(config: TensorCoreBackwardConfig) -> None:
 
         def load(stage: Expr, tile: Expr) -> None:
             first_k = let("first_k", T.Cast("int64", tile) * config.tile)
-            copy_rows(config, thread, args.phi_k, config.padded_features, stage, config.feature_row_bytes, b, h, first_k)
+            copy_rows(
+                config, thread, args.phi_k, config.padded_features, stage, config.feature_row_bytes, b, h, first_k
+            )
             to = stage + T.uint32(channels)
             copy_rows(config, thread, args.value, config.head_dim, to, config.channel_row_bytes, b, h, first_k)
             offset = first_k - first_q + (args.rows_q - config.rows)
@@ -154,6 +164,8 @@ def _row_terms(
             T.buffer_store(terms, terms[at] - x * y, [at])
     for at in range(2 * config.row_blocks):
         warp.quad_sum(terms, at)
+        # out is NaN where the denominator is 0; what else makes it NaN makes more than this term NaN
+        T.buffer_store(terms, T.Select(T.isnan(terms[at]), T.float32(0), terms[at]), [at])
     return terms
 
 

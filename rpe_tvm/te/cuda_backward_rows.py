@@ -118,8 +118,8 @@ class Argument:
     projection
         W, `[m, d]`.
     exponent
-        `[B, H, n', m']` float32: in the first n rows the gradient of the features' exponents, of which a learned projection needs the sum
-        over rows of its products with x'; written where `of_projection` is not 0.
+        `[B, H, n', m']` float32: in the first n rows the gradient of the features' exponents, of which a learned
+        projection needs the sum over rows of its products with x'; written where `of_projection` is not 0.
     normalised
         Whether the map is NPRF (not 0) or PRF (0).
     """
@@ -145,9 +145,9 @@ def write_argument_gradient(
 ) -> None:
     """Write the gradient of a warp's rows of x from the accumulators of that of phi, times a factor for each row.
 
-    With y = phi dphi: PRF, phi = exp(W x' - |x'|^2 / 2) / sqrt(m), x' = x / d^(1/4): dx = (W^T y - x' sum(y)) / d^(1/4).
-    NPRF, x' = x / |x|: dx = (W^T y - x' (x' . W^T y)) / |x|, and 0 where x is 0. Rows of y are divided by their largest
-    entry before they are rounded: 16 bits then hold them.
+    With y = phi dphi: PRF, phi = exp(W x' - |x'|^2 / 2) / sqrt(m), x' = x / d^(1/4): dx = (W^T y - x' sum(y)) /
+    d^(1/4). NPRF, x' = x / |x|: dx = (W^T y - x' (x' . W^T y)) / |x|, and 0 where x is 0. Rows of y are divided by
+    their largest entry before they are rounded: 16 bits then hold them.
     """
     x, n, dtype, blocks = argument.x, argument.x.shape[2], config.dtype, config.row_blocks
     tiles, depth, columns = config.padded_features // 8, config.padded_features // ROWS, config.head_dim // 8
@@ -199,6 +199,7 @@ def write_argument_gradient(
     out = named("out_pair", warp.registers(1, "uint32"))
     width = config.padded_channels // ROWS
     for at, (block, lower) in enumerate(rows):
+
         def elements(column: int, block: int = block, lower: int = lower) -> list[tuple[Expr, Expr]]:
             """x and W^T y of two channels."""
             pair = warp.unpack(dtype, pairs[(block * width + column // 2) * 4 + column % 2 * 2 + lower])

@@ -15,8 +15,8 @@ THREADS = 128
 def bias_gradient() -> tvm.tirx.PrimFunc:
     """Return the scheduled function `grad_bias(diagonals, n_query, n_key, causal, origin, grad_rpe_bias)` for CUDA.
 
-    Arguments of the function: diagonals `[B, H, slots, width]` float32 as `te.cuda_backward_keys` writes it, offset t at
-    index `origin + t`; n_query, n_key; causal 0 or 1; grad_rpe_bias `[H, n_q + n_k - 1]` float32, 0 for t > 0 where
+    Arguments of the function: diagonals `[B, H, slots, width]` float32 as `te.cuda_backward_keys` writes it, offset t
+    at index `origin + t`; n_query, n_key; causal 0 or 1; grad_rpe_bias `[H, n_q + n_k - 1]` float32, 0 for t > 0 where
     causal.
     """
     with function("grad_bias") as built:
@@ -34,8 +34,8 @@ def bias_gradient() -> tvm.tirx.PrimFunc:
             total = named("total", warp.registers(1, "float32"))
             with T.If(place < offsets), T.Then():
                 T.buffer_store(total, T.float32(0), [0])
-                with T.If(T.Or(causal == 0, place < n_query)), T.Then():
-                    with T.serial(batch) as b, T.serial(slots) as slot:
-                        T.buffer_store(total, total[0] + diagonals[b, h, slot, place + origin - n_query + 1], [0])
+                seen = T.Or(causal == 0, place < n_query)
+                with T.If(seen), T.Then(), T.serial(batch) as b, T.serial(slots) as slot:
+                    T.buffer_store(total, total[0] + diagonals[b, h, slot, place + origin - n_query + 1], [0])
                 T.buffer_store(grad_bias, total[0] / scale(n_key), [h, place])
     return built.get()

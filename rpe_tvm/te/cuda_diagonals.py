@@ -1,9 +1,10 @@
 """Sums along the diagonals of a tile, from the registers of warps to an array of offsets in global memory.
 
-Of a 16 x 8 accumulator a lane has rows `group` and `group + 8` and columns 2 pair and 2 pair + 1, so what 8 rows further
-down and 8 columns further right lies on the same diagonal belongs to the same lane: it adds those in registers. With
-step s = (row - column) // 8 of such blocks and column e of two, a lane's sum belongs to offset 8 s + group - (2 pair + e).
-What is left are 8 columns: warps write theirs to shared memory, and threads add those of each offset in a fixed order.
+Of a 16 x 8 accumulator a lane has rows `group` and `group + 8` and columns 2 pair and 2 pair + 1, so what 8 rows
+further down and 8 columns further right lies on the same diagonal belongs to the same lane: it adds those in registers.
+With step s, by how many blocks of 8 x 8 the row lies further than the column, and column e of two, a lane's sum belongs
+to offset 8 s + group - (2 pair + e). What is left are 8 columns: warps write theirs to shared memory, and threads add
+those of each offset in a fixed order.
 """
 
 from __future__ import annotations

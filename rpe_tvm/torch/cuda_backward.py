@@ -138,7 +138,9 @@ def _on_tensor_cores(
             for x, place in ((query, places["exponent_q"]), (key, places["exponent_k"])):
                 end = place.offset + 4 * math.prod(place.shape)
                 exponent = between[place.offset : end].view(torch.float32).view(place.shape)
-                grad_projection += _projection_gradient(feature_map, x, exponent[:, :, : x.shape[2], : config.num_features])
+                grad_projection += _projection_gradient(
+                    feature_map, x, exponent[:, :, : x.shape[2], : config.num_features]
+                )
     return *grads, grad_projection
 
 

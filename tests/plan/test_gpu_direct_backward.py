@@ -40,7 +40,9 @@ def test_sums_along_diagonals_lie_in_different_banks():
         assert len({(2 * pair * stride + group) % 32 for pair in range(4) for group in range(8)}) == 32
 
 
-@pytest.mark.parametrize(("batch", "heads", "n_key"), [(1, 1, 1), (1, 8, 4096), (1, 8, 16384), (8, 8, 1024), (2, 3, 700)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "n_key"), [(1, 1, 1), (1, 8, 4096), (1, 8, 16384), (8, 8, 1024), (2, 3, 700)]
+)
 def test_slots_take_all_keys_and_run_at_once(batch, heads, n_key):
     config = choose(4096, 32, 64, "bfloat16")
     shape = diagonals_shape(config, batch, heads, 100, n_key)

@@ -56,7 +56,9 @@ def test_values(n_q, n_k, is_causal, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [PRF, NPRF])
-@pytest.mark.parametrize(("n_q", "n_k", "is_causal"), [(300, 200, False), (37, 700, True), (1500, 1501, True), (3000, 1, False)])
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "is_causal"), [(300, 200, False), (37, 700, True), (1500, 1501, True), (3000, 1, False)]
+)
 def test_sixteen_bits(n_q, n_k, is_causal, kind, dtype):
     tensors = _tensors(n_q, n_k, dtype=dtype)
     out = kernelized_attention(*tensors[:4], feature_map=kind(tensors[4]), is_causal=is_causal)

@@ -26,6 +26,7 @@ from rpe_tvm.te.cuda_backward_rows import (
     Argument,
     copy_floats,
     copy_rows,
+    in_matrices,
     load_rows,
     scale,
     walk,
@@ -136,13 +137,16 @@ def _keys(
 
     channels, weights, terms, _ = config.stage_places
     query = lane.warp_k * config.share
-    row, column = query + lane.lane % 16, lane.lane // 16 * CHUNK_BYTES
+    of_features, of_channels = config.feature_row_bytes, config.channel_row_bytes
+    channels_at = channels + query * of_channels
     places = _Places(
         *(
             let(name, base + warp.uint32(place))
             for name, place in (
-                ("features_at", row * config.feature_row_bytes + column),
-                ("channels_at", channels + row * config.channel_row_bytes + column),
+                ("features_by_column", query * of_features + in_matrices(lane, of_features, False)),
+                ("features_by_row", query * of_features + in_matrices(lane, of_features, True)),
+                ("channels_by_column", channels_at + in_matrices(lane, of_channels, False)),
+                ("channels_by_row", channels_at + in_matrices(lane, of_channels, True)),
                 ("weights_at", weights + 4 * (config.tile + lane.row - query + lane.group - 2 * lane.pair)),
                 ("terms_at", terms + 4 * (query + 2 * lane.pair)),
             )
@@ -189,8 +193,10 @@ def _keys(
 class _Places:
     """Addresses that a lane reads in a stage."""
 
-    features: Expr
-    channels: Expr
+    features_by_column: Expr
+    features_by_row: Expr
+    channels_by_column: Expr
+    channels_by_row: Expr
     weights: Expr
     terms: Expr
 
@@ -249,7 +255,7 @@ def _add_tile(
                 kept = [rows[(block * depth + k) * 4 + i] for i in range(4)]
                 for half in (0, 1):
                     sums_of_half = [target[block * 8 + half * 4 + i] for i in range(4)]
-                    warp.multiply_add(dtype, sums_of_half, kept, [operand[half], operand[half + 2]])
+                    warp.multiply_add(dtype, sums_of_half, kept, [operand[2 * half], operand[2 * half + 1]])
 
     def add(rows: Buffer, target: Buffer, columns: int, address: Expr, row_bytes: int, sixteen: int) -> None:
         """Add 16 rows of the tile, times the numbers of kept rows."""
@@ -277,8 +283,8 @@ def _add_tile(
             for i in range(8):
                 T.buffer_store(pulls, terms[i // 4 * 4 + i % 2], [block * 8 + i])
         features, channels = config.feature_row_bytes, config.channel_row_bytes
-        multiply(phi, scores, config.padded_features // ROWS, places.features, features, sixteen)
-        multiply(value, pulls, config.padded_channels // ROWS, places.channels, channels, sixteen)
+        multiply(phi, scores, config.padded_features // ROWS, places.features_by_column, features, sixteen)
+        multiply(value, pulls, config.padded_channels // ROWS, places.channels_by_column, channels, sixteen)
         for block in range(blocks):
             for half in (0, 1):
                 for lower in (0, 1):
@@ -293,8 +299,8 @@ def _add_tile(
                     place = block * 4 + half * 2 + lower
                     warp.pack(dtype, weighted[place], *(scores[i] for i in pair))
                     warp.pack(dtype, pulled[place], *(pulls[i] for i in pair))
-        add(weighted, sums.value, sums.channels, places.channels, channels, sixteen)
-        add(pulled, sums.grad, sums.features, places.features, features, sixteen)
+        add(weighted, sums.value, sums.channels, places.channels_by_row, channels, sixteen)
+        add(pulled, sums.grad, sums.features, places.features_by_row, features, sixteen)
         # queries further down touch only lower steps
         complete = highest - 2 * sixteen
         diagonals.store(odd, range(complete - 1 if sixteen + 1 < sixteens else lowest, complete + 1))

@@ -25,6 +25,7 @@ from rpe_tvm.te.cuda_backward_rows import (
     Argument,
     copy_floats,
     copy_rows,
+    in_matrices,
     load_rows,
     scale,
     walk,
@@ -110,11 +111,12 @@ def _build(config: TensorCoreBackwardConfig) -> None:
 
         channels, weights, *_ = config.stage_places
         key = lane.warp_k * config.share
-        row, column = key + lane.lane % 16, lane.lane // 16 * CHUNK_BYTES
-        in_features, in_channels = row * config.feature_row_bytes, row * config.channel_row_bytes
+        of_features, of_channels = config.feature_row_bytes, config.channel_row_bytes
+        in_features = key * of_features + in_matrices(lane, of_features, True)
+        in_channels = key * of_channels + in_matrices(lane, of_channels, False)
         in_weights = config.rows + key - lane.row + 2 * lane.pair - lane.group
-        features_at = let("features_at", base + warp.uint32(in_features + column))
-        channels_at = let("channels_at", base + warp.uint32(channels + in_channels + column))
+        features_at = let("features_at", base + warp.uint32(in_features))
+        channels_at = let("channels_at", base + warp.uint32(channels + in_channels))
         weights_at = let("weights_at", base + warp.uint32(weights + in_weights * 4))
 
         def load(stage: Expr, tile: Expr) -> None:
@@ -209,7 +211,7 @@ def _add_tile(
                 rows = [grad[(block * depth + k) * 4 + i] for i in range(4)]
                 for half in (0, 1):
                     pull = [pulls[block * 8 + half * 4 + i] for i in range(4)]
-                    warp.multiply_add(dtype, pull, rows, [operand[half], operand[half + 2]])
+                    warp.multiply_add(dtype, pull, rows, [operand[2 * half], operand[2 * half + 1]])
         for block in range(blocks):
             for half in (0, 1):
                 for lower in (0, 1):

@@ -107,6 +107,17 @@ def walk(
         T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + size), [0])
 
 
+def in_matrices(lane: Place, row_bytes: int, transpose: bool) -> Expr:
+    """Return where a lane's row of the matrices lies that `load_matrices` reads from 16 rows: two operands of 16 x 8.
+
+    Two addresses, not one for both: an operand has to be in neighbouring registers, or it is moved there.
+    """
+    low, high = lane.lane % 8, lane.lane // 16 * 8
+    if transpose:  # columns 0-7 and 8-15, of each rows 0-7 and 8-15
+        return (lane.lane % 16) * row_bytes + lane.lane // 16 * CHUNK_BYTES
+    return (high + low) * row_bytes + lane.lane // 8 % 2 * CHUNK_BYTES
+
+
 @dataclass(frozen=True)
 class Argument:
     """The argument of a feature map, queries or keys, and what becomes of its gradient.

@@ -223,8 +223,6 @@ def choose(n: int, num_features: int, head_dim: int, dtype: Dtype) -> TensorCore
             f"Too large for registers: expected 3 / 4 num_features + head_dim <= 180, got head_dim {head_dim} and "
             f"num_features {num_features}; gradients by FFT serve float32."
         )
-    warps, shares = (4, 2) if n <= 2048 else (4, 1)
-    row_blocks = 1 if n <= 1024 or 2 * kept > 180 else 2
-    return TensorCoreBackwardConfig(
-        *(num_features, head_dim, bucket_length(n), dtype, row_blocks, warps, shares, 64, 2, 1)
-    )
+    # few rows: smaller blocks, so that there is work for all multiprocessors
+    row_blocks, stages = (1, 2) if n <= 2048 or 2 * kept > 180 else (2, 3)
+    return TensorCoreBackwardConfig(num_features, head_dim, bucket_length(n), dtype, row_blocks, 4, 1, 64, stages)

@@ -196,7 +196,7 @@ def _compile(args: argparse.Namespace) -> int:
     from rpe_tvm import build, targets
     from rpe_tvm.build import manifest
     from rpe_tvm.gpu_targets import GpuTargetSpec
-    from rpe_tvm.plan import backward, gpu_backward, gpu_choice, toeplitz, wisdom
+    from rpe_tvm.plan import backward, gpu_backward_choice, gpu_choice, toeplitz, wisdom
 
     target = targets.preset(args.target)
 
@@ -204,7 +204,7 @@ def _compile(args: argparse.Namespace) -> int:
         if isinstance(target, GpuTargetSpec):
             try:
                 if args.op == "backward":
-                    return gpu_backward.choose(n, args.features, args.head_dim, target.shared_bytes)
+                    return gpu_backward_choice.choose(n, args.features, args.head_dim, args.dtype, target.shared_bytes)
                 return gpu_choice.choose(n, args.features, args.head_dim, args.dtype, target.id)
             except ValueError as error:
                 raise BuildError(str(error)) from error
@@ -218,9 +218,8 @@ def _compile(args: argparse.Namespace) -> int:
         args.error(
             f"argument --target: expected a CPU for --op {args.op}, which GPUs do not have yet, got {args.target}"
         )
-    if args.dtype != "float32" and (args.op == "backward" or not isinstance(target, GpuTargetSpec)):
-        where = "a CPU, which computes" if not isinstance(target, GpuTargetSpec) else "gradients, which are computed"
-        args.error(f"argument --dtype: expected float32 for {where} in that, got {args.dtype}")
+    if args.dtype != "float32" and not isinstance(target, GpuTargetSpec):
+        args.error(f"argument --dtype: expected float32 for a CPU, which computes in that, got {args.dtype}")
     configs = [choose(n) for n in args.lengths]
     for config in sorted(set(configs), key=lambda each: each.length):
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from rpe_tvm import build as package
 from rpe_tvm.build import cache, manifest, nvcc
 from rpe_tvm.build import compile as build
 from rpe_tvm.errors import GpuNotFoundError, TuningError
-from rpe_tvm.plan import backward, gpu, gpu_backward, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu, gpu_backward, gpu_direct_backward, toeplitz, wisdom
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.runtime import gpu as runtime_gpu
 from rpe_tvm.runtime import load
@@ -134,9 +134,9 @@ def test_compile_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     capsys.readouterr()
     assert cli.main([*command, "--target", "sm_80", "--op", "backward", "--lengths", "5000"]) == 1
     assert "expected at most 4096 positions for gradients on a GPU, got 5000" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main([*command, "--target", "sm_80", "--op", "backward", "--dtype", "bfloat16"])
-    assert "argument --dtype: expected float32 for gradients" in capsys.readouterr().err
+    asked.clear()
+    assert cli.main([*command, "--target", "sm_80", "--op", "backward", "--dtype", "bfloat16"]) == 0
+    assert asked == [(gpu_direct_backward.choose(n, 3, 8, "bfloat16"), "cuda-sm_80", tmp_path) for n in (50, 200)]
 
 
 def test_info_shows_nvcc_and_gpus(

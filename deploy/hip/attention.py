@@ -45,11 +45,11 @@ def main() -> int:
             out = kernelized_attention(
                 query.cuda(), key.cuda(), value.cuda(), bias.cuda(), feature_map=NPRF(projection.cuda())
             )
-    except RpeTvmError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except RpeTvmError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
         return 1
-    arrays = [x.cpu().double().numpy() for x in (query, key, value, bias, projection)]
-    *_, expected = reference.attention(*arrays, feature_map="nprf", is_causal=False)
+    q, k, v, b, w = (x.double().numpy() for x in (query, key, value, bias, projection))
+    *_, expected = reference.attention(q, k, v, b, w, feature_map="nprf", is_causal=False)
     error = float(np.linalg.norm(out.cpu().numpy() - expected) / np.linalg.norm(expected))
     print(f"{torch.cuda.get_device_name()}: relative error {error:.1e} ({'right' if error < 1e-5 else 'WRONG'})")
     return 0 if error < 1e-5 else 1

@@ -18,6 +18,7 @@ from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.targets import AnyTarget, TargetSpec, to_tvm
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
     from rpe_tvm.build.lower import Lowered
 
-Config = AttentionConfig | BackwardConfig | ToeplitzConfig | GpuAttentionConfig | TensorCoreConfig
+OfGpu = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig
+Config = AttentionConfig | BackwardConfig | ToeplitzConfig | OfGpu
 
 _DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
 
@@ -185,10 +187,11 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
         lower_gpu_backward,
         lower_rocm,
         lower_tensor_cores,
+        lower_tensor_cores_backward,
         lower_toeplitz,
     )
 
-    if isinstance(config, GpuAttentionConfig | TensorCoreConfig):
+    if isinstance(config, OfGpu):
         if not isinstance(target, GpuTargetSpec):
             raise BuildError(
                 f"The config {config.name} is for GPUs, and the target {target.id} is none: expected cuda-sm_* or "
@@ -201,6 +204,8 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
                     "cuda-sm_*. On AMD GPUs there is attention in float32, without gradients."
                 )
             return lower_rocm.lower(config)
+        if isinstance(config, TensorCoreBackwardConfig):
+            return lower_tensor_cores_backward.lower(config)
         if isinstance(config, TensorCoreConfig):
             return lower_tensor_cores.lower(config)
         if isinstance(config, GpuBackwardConfig):

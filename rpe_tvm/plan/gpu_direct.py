@@ -143,12 +143,12 @@ class TensorCoreConfig:
     @property
     def key_row_bytes(self) -> int:
         """Distance of two rows of phi_k in shared memory."""
-        return _row_bytes(self.padded_features)
+        return row_bytes(self.padded_features)
 
     @property
     def value_row_bytes(self) -> int:
         """Distance of two rows of value in shared memory; matrices are read in pairs of 8 channels."""
-        return _row_bytes(round_up(self.head_dim, ROWS))
+        return row_bytes(round_up(self.head_dim, ROWS))
 
     @property
     def stage_bytes(self) -> int:
@@ -181,7 +181,7 @@ class TensorCoreConfig:
     @property
     def projection_row_bytes(self) -> int:
         """Distance of two rows of the projection in shared memory."""
-        return _row_bytes(2 * self.head_dim)
+        return row_bytes(2 * self.head_dim)
 
     @property
     def partial_bytes(self) -> int:
@@ -199,8 +199,11 @@ class TensorCoreConfig:
         return cls(**fields_from_json(fields))
 
 
-def _row_bytes(elements: int) -> int:
-    # an odd number of 16-byte pieces: then 8 rows, which a matrix load reads at once, lie in different banks
+def row_bytes(elements: int) -> int:
+    """Return the distance of two rows of 16-bit numbers in shared memory.
+
+    It is an odd number of 16-byte pieces: then 8 rows, which a matrix load reads at once, lie in different banks.
+    """
     return CHUNK_BYTES * (2 * elements // CHUNK_BYTES | 1)
 
 

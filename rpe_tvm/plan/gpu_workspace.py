@@ -10,6 +10,9 @@ from rpe_tvm.plan import gpu_buffers, gpu_direct
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
+
+AnyConfig = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig
 
 # What every buffer starts at a multiple of: torch's allocator promises twice as much.
 ALIGNMENT = 256
@@ -24,9 +27,7 @@ class Place:
     dtype: str
 
 
-def places(
-    config: GpuAttentionConfig | TensorCoreConfig, batch: Any, heads: Any, n_query: Any, n_key: Any
-) -> tuple[dict[str, Place], Any]:
+def places(config: AnyConfig, batch: Any, heads: Any, n_query: Any, n_key: Any) -> tuple[dict[str, Place], Any]:
     """Return the buffers of a call by name, and how many bytes they take together.
 
     Parameters
@@ -34,17 +35,20 @@ def places(
     config
         What is compiled, without columns.
     batch, heads, n_query, n_key
-        Sizes of the call: integers, or expressions of TVM, so that both sides count alike.
+        Sizes of the call: integers, or expressions of TVM, so that both sides count alike. For gradients on tensor
+        cores n_query and n_key are rounded up to `positions` of the config.
     """
     found, end = {}, 0
     for name, shape, dtype, item in _buffers(config, batch, heads, n_query, n_key):
         found[name] = Place(end, shape, dtype)
-        end = end + gpu_direct.round_up(math.prod(shape) * item, ALIGNMENT)
+        size = math.prod(shape) * item
+        # TVM fails where an expression repeats a division that rounds, and these are multiples anyway
+        end = end + (size if isinstance(config, TensorCoreBackwardConfig) else gpu_direct.round_up(size, ALIGNMENT))
     return found, end
 
 
 def _buffers(
-    config: GpuAttentionConfig | TensorCoreConfig, batch: Any, heads: Any, n_query: Any, n_key: Any
+    config: AnyConfig, batch: Any, heads: Any, n_query: Any, n_key: Any
 ) -> list[tuple[str, tuple[Any, ...], str, int]]:
     if isinstance(config, TensorCoreConfig):
         phi = gpu_direct.features_shape
@@ -52,6 +56,16 @@ def _buffers(
             ("phi_q", phi(config, batch, heads, n_query, config.tile_q), config.dtype, 2),
             ("phi_k", phi(config, batch, heads, n_key, config.tile_k), config.dtype, 2),
             ("table", gpu_direct.table_shape(config, heads, n_query, n_key), "float32", 4),
+        ]
+    if isinstance(config, TensorCoreBackwardConfig):
+        rows_q, rows_k, features = n_query, n_key, config.padded_features
+        return [
+            ("phi_q", (batch, heads, rows_q, features), config.dtype, 2),
+            ("phi_k", (batch, heads, rows_k, features), config.dtype, 2),
+            ("table", (heads, rows_q + rows_k), "float32", 4),
+            ("terms", (2, batch, heads, rows_q), "float32", 4),
+            ("exponent_q", (batch, heads, rows_q, features), "float32", 4),
+            ("exponent_k", (batch, heads, rows_k, features), "float32", 4),
         ]
     shapes = {
         "phi_q": gpu_buffers.features(config, batch, heads),

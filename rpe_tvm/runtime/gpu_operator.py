@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 from rpe_tvm.plan import gpu_direct
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
+from rpe_tvm.plan.gpu_backward_choice import AnyBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 
 _FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
 _FUSED = tuple(f"fused_{name}" for name in FEATURE_MAPS)
 _FORWARD = tuple(f"forward_{name}" for name in FEATURE_MAPS)
-_BACKWARD = (
+_BACKWARD = tuple(f"backward_{name}" for name in FEATURE_MAPS)
+_SHORT_BACKWARD = (
     "denominators",
     "channels",
     "backward",
@@ -25,18 +28,20 @@ _BACKWARD = (
 )
 _LONG_BACKWARD = ("channels", "columns_backward", "rows_backward", "dots_backward", "grad_value")
 _GRAD_FEATURES = tuple(f"grad_features_{name}" for name in FEATURE_MAPS)
-_WHOLE = ("gradients", *(f"backward_{name}" for name in FEATURE_MAPS))
 # Where a transform fits into shared memory, and where its columns and rows take turns.
 _SHORT = ("spectrum", "attention")
 _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
 
 
-def function_names(config: GpuConfig) -> tuple[str, ...]:
+def function_names(config: GpuConfig | AnyBackwardConfig) -> tuple[str, ...]:
     """The names of the functions that are compiled for a config."""
     if isinstance(config, GpuBackwardConfig):
         if config.columns == 1:
-            return (*_FEATURES, "largest", "spectrum", *_BACKWARD, *_GRAD_FEATURES, *_WHOLE)
+            launches = (*_FEATURES, "largest", "spectrum", *_SHORT_BACKWARD, *_GRAD_FEATURES)
+            return (*launches, "gradients", *_BACKWARD)
         return (*_FEATURES, "largest", *_LONG, *_LONG_BACKWARD, *_GRAD_FEATURES)
+    if isinstance(config, TensorCoreBackwardConfig):
+        return (*_FEATURES, "weights", "grad_queries", "grad_keys", "grad_bias", *_BACKWARD)
     if isinstance(config, TensorCoreConfig):
         fused = _FUSED if gpu_direct.fused(config) else ()
         return (*_FEATURES, "weights", "attention", *_FORWARD, *fused)
@@ -63,5 +68,5 @@ class GpuInstance:
         of torch there and do not wait for them. They make that GPU the current one and leave it so.
     """
 
-    config: GpuConfig
+    config: GpuConfig | AnyBackwardConfig
     functions: Functions

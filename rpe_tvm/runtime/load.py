@@ -15,9 +15,9 @@ import tvm_ffi
 from rpe_tvm import __version__
 from rpe_tvm.errors import ArtefactError, GpuNotFoundError
 from rpe_tvm.machine import X86, this_machine
+from rpe_tvm.plan import gpu_backward_choice
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_wisdom import config_from_json
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.runtime import hip, toeplitz, tvm_runtime
@@ -35,7 +35,7 @@ _OPERATORS: dict[tuple[str, str], tuple[Callable[[dict[str, Any]], Any], Callabl
     ("backward", "llvm"): (BackwardConfig.from_json, backward_functions),
     ("toeplitz", "llvm"): (ToeplitzConfig.from_json, lambda config: toeplitz.FUNCTIONS),
     ("attention", "cuda"): (config_from_json, function_names),
-    ("backward", "cuda"): (GpuBackwardConfig.from_json, function_names),
+    ("backward", "cuda"): (gpu_backward_choice.config_from_json, function_names),
     ("attention", "rocm"): (config_from_json, kernel_functions),
 }
 

@@ -109,7 +109,7 @@ def _build(config: TensorCoreConfig) -> None:
             add_tile(config, phi_q, sums, *addresses)
             T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + size), [0])
         if config.warps_k > 1:
-            add_partial_sums(config, base, lane, sums)
+            add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)
         with T.If(lane.warp_k == 0), T.Then():
             write(config, args.out, args.n_query, lane, sums, b, h, first_q)
 
@@ -154,6 +154,6 @@ def _load_tile(
         pointer = args.table.ptr_to([h, first_k - first_q + (args.rows_q - config.tile_q) + chunk * 4])
         warp.copy_async(stage + warp.uint32(weights + chunk * CHUNK_BYTES), pointer)
 
-    share(config, thread, config.tile_k * (config.padded_features // CHUNK), copy_key)
-    share(config, thread, config.tile_k * (config.head_dim // CHUNK), copy_value)
-    share(config, thread, (config.tile_q + config.tile_k) // 4, copy_weight)
+    share(config.threads, thread, config.tile_k * (config.padded_features // CHUNK), copy_key)
+    share(config.threads, thread, config.tile_k * (config.head_dim // CHUNK), copy_value)
+    share(config.threads, thread, (config.tile_q + config.tile_k) // 4, copy_weight)

@@ -149,7 +149,7 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
             T.buffer_store(used, used[1], [0])
             T.buffer_store(used, T.Select(used[1] == last, T.uint32(0), used[1] + size), [1])
         if config.warps_k > 1:
-            add_partial_sums(config, base, lane, sums)
+            add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)
         with T.If(lane.warp_k == 0), T.Then():
             write(config, args.out, args.n_query, lane, sums, b, h, first_q)
 
@@ -174,7 +174,7 @@ def _load_rows(
         to = target + warp.uint32(row * config.value_row_bytes + column * CHUNK_BYTES)
         warp.copy_async(to, pointer, ignore=row >= T.Cast("int32", n - first))
 
-    share(config, thread, count * chunks, copy)
+    share(config.threads, thread, count * chunks, copy)
 
 
 def _load_tile(

@@ -19,8 +19,20 @@ ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}  # 1 in both halves of a 
 CHUNK = CHUNK_BYTES // ELEMENT_BYTES
 
 
-class Lane:
-    """What a lane knows of its place, and the addresses that it reads in the first tile.
+class Place:
+    """What a lane knows of its place in a block: `warps_q` warps side by side along what they keep, others share it."""
+
+    def __init__(self, warps_q: int, row_blocks: int, thread: Expr) -> None:
+        self.lane = let("lane", thread % WARP)
+        self.warp_q = let("warp_q", thread // WARP % warps_q)
+        self.warp_k = let("warp_k", thread // (WARP * warps_q))
+        self.group = let("group", self.lane // 4)
+        self.pair = let("pair", self.lane % 4)
+        self.row = let("row", self.warp_q * (ROWS * row_blocks))
+
+
+class Lane(Place):
+    """Its place, and the addresses that it reads in the first tile.
 
     Parameters
     ----------
@@ -30,12 +42,7 @@ class Lane:
     """
 
     def __init__(self, config: TensorCoreConfig, thread: Expr, keys: Expr, values: Expr, weights: Expr) -> None:
-        self.lane = let("lane", thread % WARP)
-        self.warp_q = let("warp_q", thread // WARP % config.warps_q)
-        self.warp_k = let("warp_k", thread // (WARP * config.warps_q))
-        self.group = let("group", self.lane // 4)
-        self.pair = let("pair", self.lane % 4)
-        self.row = let("row", self.warp_q * (ROWS * config.row_blocks))
+        super().__init__(config.warps_q, config.row_blocks, thread)
         key = self.warp_k * (config.tile_k // config.warps_k)
         # keys 0-7 and 8-15, of each features 0-7 and 8-15
         in_keys = (key + self.lane // 16 * 8 + self.lane % 8) * config.key_row_bytes + self.lane // 8 % 2 * CHUNK_BYTES
@@ -69,11 +76,11 @@ class Sums:
         return [self.numerator[(block * self.columns + column) * 4 + i] for i in range(4)]
 
 
-def share(config: TensorCoreConfig, thread: Expr, count: int, action: Any) -> None:
+def share(threads: int, thread: Expr, count: int, action: Any) -> None:
     """Let the block's threads take turns in `action(0)` to `action(count - 1)`."""
-    for first in range(0, count, config.threads):
+    for first in range(0, count, threads):
         chunk = thread + first
-        if first + config.threads <= count:
+        if first + threads <= count:
             action(chunk)
         else:
             with T.If(chunk < count), T.Then():
@@ -139,21 +146,21 @@ def add_tile(
                     warp.multiply_add(config.dtype, sums.at(block, column + half), rows, channels)
 
 
-def add_partial_sums(config: TensorCoreConfig, base: Expr, lane: Lane, sums: Sums) -> None:
+def add_partial_sums(warps_q: int, warps_k: int, base: Expr, lane: Place, sums: list[tuple[Buffer, int]]) -> None:
     """Add what the warps along the keys have, in the first of them, through shared memory."""
     warp.wait(0)
     warp.barrier()
-    stride = 4 * WARP * config.warps_q  # one register of all warps along the queries
+    stride = 4 * WARP * warps_q  # one register of all warps along the queries
     place = let("place", base + warp.uint32((lane.warp_q * WARP + lane.lane) * 4))
-    others = config.warps_k - 1
+    others = warps_k - 1
     with T.If(lane.warp_k > 0), T.Then():
         mine = let("mine", place + warp.uint32((lane.warp_k - 1) * stride))
-        for register, (array, i) in enumerate(sums.all):
+        for register, (array, i) in enumerate(sums):
             warp.store_float(mine, register * others * stride, array[i])
     warp.barrier()
     with T.If(lane.warp_k == 0), T.Then():
         part = warp.registers(1, "float32")
-        for register, (array, i) in enumerate(sums.all):
+        for register, (array, i) in enumerate(sums):
             for other in range(others):
                 warp.load_float(part, 0, place, (register * others + other) * stride)
                 T.buffer_store(array, array[i] + part[0], [i])

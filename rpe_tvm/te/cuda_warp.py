@@ -69,6 +69,11 @@ def load_float(target: Buffer, index: int, shared: Expr, offset: int) -> None:
     T.evaluate(T.ptx["ld.shared.f32"](target[index], T.ptx.addr(shared, offset)))
 
 
+def load_floats(target: Buffer, index: int, shared: Expr, offset: int) -> None:
+    """Load two float32 of shared memory, at a multiple of 8 bytes, into registers."""
+    T.evaluate(T.ptx["ld.shared.v2.f32"](target[index], target[index + 1], T.ptx.addr(shared, offset)))
+
+
 def store_float(shared: Expr, offset: int, value: Expr) -> None:
     """Store one float32 in shared memory."""
     T.evaluate(T.ptx["st.shared.f32"](T.ptx.addr(shared, offset), value))
@@ -102,6 +107,12 @@ def quad_sum(array: Buffer, index: int) -> None:
         T.buffer_store(array, array[index] + _other_lane(array[index], distance), [index])
 
 
+def quad_max(array: Buffer, index: int) -> None:
+    """Give the four lanes of each group the largest of their values; NaN counts as no value."""
+    for distance in (1, 2):
+        T.buffer_store(array, T.max(array[index], _other_lane(array[index], distance)), [index])
+
+
 def warp_max(array: Buffer, index: int) -> None:
     """Give all lanes of a warp the largest of their values; NaN counts as no value."""
     for distance in (1, 2, 4, 8, 16):
@@ -125,6 +136,11 @@ def unpack(dtype: str, pair: Expr) -> tuple[Expr, Expr]:
 def load_pair(target: Expr, pointer: Expr) -> None:
     """Load two 16-bit numbers of global memory that nothing writes meanwhile."""
     T.evaluate(T.ptx["ld.global.nc.u32"](target, pointer))
+
+
+def add_float(pointer: Expr, value: Expr) -> None:
+    """Add to a float32 of global memory without waiting for it."""
+    T.evaluate(T.ptx["red.global.add.f32"](pointer, value))
 
 
 def store_pair(pointer: Expr, pair: Expr) -> None:

@@ -62,13 +62,14 @@ def kernelized_attention(
     ShapeError, DTypeError, ValueError, TypeError
         If the arguments do not fit together, are on another device, or the feature map is none.
     GpuGradientError
-        If gradients of more than 4096 queries or keys are asked for on a GPU, which have none so far.
+        If gradients of more than 4096 queries or keys are asked for on a GPU, which has them only on tensor cores (see
+        Notes) so far.
 
     Notes
     -----
     Everything is computed in float32, also under ``torch.autocast``; each gradient has the dtype of its tensor. Only on
     GPUs, bfloat16 and float16 are multiplied by tensor cores where head_dim is a multiple of 8: features and weighted
-    scores are then rounded to that dtype, sums are float32.
+    scores, and what gradients make of them, are then rounded to that dtype, sums are float32.
 
     Views (slices, transposes) whose last axis is contiguous are read in place. The first call for a length
     compiles the kernel, or takes it from the cache on disk, see `rpe_tvm.torch.use_artefacts`.

@@ -48,20 +48,21 @@ def attention(
     config, functions = instance.config, instance.functions
     with current_gpu(query):
         if isinstance(config, TensorCoreConfig):
-            tensors = (*(_in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
+            tensors = (*(in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
             if gpu_direct.is_fused(config, *query.shape[:3]):
                 functions[f"fused_{feature_map}"](*tensors, int(is_causal), out)
             else:
                 functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
             return
+        config = _fft_config(instance)
         if f"forward_{feature_map}" in functions:
             forward, tables = functions[f"forward_{feature_map}"], constant_tables(config, query.device)
             workspace = _workspace(config, query, key)
             forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
             return
         batch, heads = query.shape[:2]
-        phi_q, phi_k = (query.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads)) for _ in range(2))
-        instance.functions[f"features_{feature_map}"](query, key, projection, phi_q, phi_k)
+        phi_q, phi_k = (query.new_empty(gpu_buffers.features(config, batch, heads)) for _ in range(2))
+        functions[f"features_{feature_map}"](query, key, projection, phi_q, phi_k)
         _on_features(instance, phi_q, phi_k, value, rpe_bias, out, is_causal)
 
 
@@ -101,7 +102,7 @@ def _workspace_bytes(config: GpuConfig, shape: torch.Size, n_key: int) -> int:
     return int(size)
 
 
-def _in_whole_pieces(x: Tensor) -> Tensor:
+def in_whole_pieces(x: Tensor) -> Tensor:
     """x as tensor cores' kernels load it, copied where its rows are no whole pieces of 16 bytes."""
     if gpu_direct.is_readable(x.data_ptr(), x.stride()):
         return x

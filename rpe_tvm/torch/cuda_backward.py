@@ -1,7 +1,8 @@
 """Gradients of attention on GPUs by compiled functions.
 
 As `rpe_tvm.torch.backward` on CPUs: kept from the forward pass are its arguments and its output, the rest is computed
-again. Everything is float32 on the caller's stream; nothing waits.
+again. Everything is on the caller's stream; nothing waits. By FFT all is float32; on tensor cores (`attention_backward`
+with a `TensorCoreBackwardConfig`) one function makes all gradients.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from rpe_tvm.errors import GpuGradientError
-from rpe_tvm.plan import gpu_backward, gpu_workspace
+from rpe_tvm.plan import gpu_backward, gpu_direct, gpu_direct_backward, gpu_workspace
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
+from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.torch import cuda_long_backward, hip
-from rpe_tvm.torch.cuda import constant_tables, current_gpu
+from rpe_tvm.torch.cuda import constant_tables, current_gpu, in_whole_pieces
 from rpe_tvm.torch.layouts import last_axis_contiguous
 
 
@@ -75,6 +77,9 @@ def attention_backward(
     tuple of Tensor
         The gradients of query, key, value, rpe_bias and projection, contiguous, in the dtypes of their tensors.
     """
+    if isinstance(instance.config, TensorCoreBackwardConfig):
+        tensors = grad_out, query, key, value, rpe_bias, projection, out
+        return _on_tensor_cores(instance, instance.config, *tensors, feature_map, is_causal, of_projection)
     config, projection, rpe_bias = _config(instance), projection.contiguous(), rpe_bias.contiguous()
     dtype = query.dtype
     query, key, value, grad_out, out = (last_axis_contiguous(x.float()) for x in (query, key, value, grad_out, out))
@@ -101,6 +106,44 @@ def attention_backward(
                 exponent = views(f"phi_{name}") * views(f"grad_phi_{name}").sum(3)  # features are exponentials
                 grad_projection += _projection_gradient(feature_map, x, exponent[..., : x.shape[2]])
     return *(grad.to(dtype) for grad in grads), grad_bias, grad_projection
+
+
+def _on_tensor_cores(
+    instance: GpuInstance,
+    config: TensorCoreBackwardConfig,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    feature_map: str,
+    is_causal: bool,
+    of_projection: bool,
+) -> tuple[Tensor, ...]:
+    """`attention_backward` by tiles; without gradient of the projection nothing but the compiled function runs."""
+    (batch, heads, n_q, _), n_k = query.shape, key.shape[2]
+    projection = projection.contiguous()
+    with current_gpu(query):
+        rows = [in_whole_pieces(last_axis_contiguous(x)) for x in (query, key, value, out, grad_out)]
+        rows_q, rows_k = (gpu_direct.round_up(n, config.positions) for n in (n_q, n_k))
+        places, size = gpu_workspace.places(config, batch, heads, rows_q, rows_k)
+        between = torch.empty(size, dtype=torch.uint8, device=query.device)
+        shape = gpu_direct_backward.diagonals_shape(config, batch, heads, n_q, n_k)
+        diagonals = torch.empty(shape, dtype=torch.float32, device=query.device)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value, rpe_bias)]
+        blocks = rows_q // config.positions, rows_k // config.positions
+        inputs = *rows[:3], rpe_bias.contiguous(), projection, *rows[3:], int(is_causal), int(of_projection), *blocks
+        instance.functions[f"backward_{feature_map}"](*inputs, between, diagonals, *grads)
+        grad_projection = torch.zeros_like(projection)
+        if of_projection:
+            for x, place in ((query, places["exponent_q"]), (key, places["exponent_k"])):
+                end = place.offset + 4 * math.prod(place.shape)
+                exponent = between[place.offset : end].view(torch.float32).view(place.shape)
+                exponent = exponent[:, :, : x.shape[2], : config.num_features]
+                grad_projection += _projection_gradient(feature_map, x.float(), exponent.mT)
+    return *grads, grad_projection
 
 
 def attention_on_features_backward(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rpe_tvm.errors import ArtefactError, BuildError, CompilerNotFoundError
-from rpe_tvm.plan import backward, gpu, gpu_backward, gpu_choice, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu_backward_choice, gpu_choice, toeplitz, wisdom
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.runtime import (
     GpuInstance,
@@ -42,6 +42,7 @@ _lock = threading.Lock()
 _loaded: dict[tuple[str, str, int], Any] = {}  # (kind, target, bucket) -> operator
 # What `_loaded` holds, by the numbers of a call: to make the names above takes as long as a launch.
 _gpu_calls: dict[tuple[int, int, int, int, str], GpuInstance] = {}
+_gpu_backward_calls: dict[tuple[int, int, int, int, str], GpuInstance] = {}
 _warned: set[str] = set()
 _artefacts: Path | None = None
 
@@ -99,6 +100,7 @@ def use_artefacts(directory: str | os.PathLike[str] | None) -> None:
         _artefacts = chosen
         _loaded.clear()
         _gpu_calls.clear()
+        _gpu_backward_calls.clear()
 
 
 def get_operator(n: int, num_features: int, head_dim: int) -> Instance:
@@ -198,18 +200,29 @@ def _find_gpu_operator(gpu_index: int, bucket: int, num_features: int, head_dim:
     )
 
 
-def get_gpu_backward(gpu_index: int, n: int, num_features: int, head_dim: int) -> GpuInstance:
+def get_gpu_backward(gpu_index: int, n: int, num_features: int, head_dim: int, dtype: str = "float32") -> GpuInstance:
     """The compiled gradients for n positions on a GPU; as `get_gpu_operator`."""
+    bucket = gpu_backward_choice.bucket(n, dtype)
+    call = gpu_index, bucket, num_features, head_dim, dtype
+    found: GpuInstance | None = _gpu_backward_calls.get(call)
+    if found is None:
+        found = _gpu_backward_calls[call] = _find_gpu_backward(*call)
+    return found
+
+
+def _find_gpu_backward(gpu_index: int, bucket: int, num_features: int, head_dim: int, dtype: str) -> GpuInstance:
     return _get(
         _Kind(
-            name=f"backward-m{num_features}-d{head_dim}-float32",
-            options=f"--op backward --features {num_features} --head-dim {head_dim} --target cuda",
+            name=f"backward-m{num_features}-d{head_dim}-{dtype}",
+            options=f"--op backward --features {num_features} --head-dim {head_dim} --target cuda --dtype {dtype}",
             load=lambda path, length: load_gpu_backward(path, gpu_index),
-            choose=lambda target, bucket: gpu_backward.choose(bucket, num_features, head_dim, target.shared_bytes),
+            choose=lambda target, bucket: gpu_backward_choice.choose(
+                bucket, num_features, head_dim, dtype, target.shared_bytes
+            ),
             wrap=None,
             target=gpus()[gpu_index].arch,
         ),
-        gpu.gpu_bucket(n),
+        bucket,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
+from rpe_tvm.plan import gpu_backward_choice
 from rpe_tvm.runtime import run
 from rpe_tvm.torch import cuda, cuda_backward
 from rpe_tvm.torch.backward import argument_gradients, attention_backward, refuse_second_gradients
@@ -244,9 +245,12 @@ def _kernelized_attention_backward_cuda(
     n = max(query.shape[2], key.shape[2])
     if out.numel() == 0 or key.shape[2] == 0:
         return tuple(x.new_zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
-    cuda_backward.check_length(n)
+    m, d, dtype = projection.shape[0], query.shape[3], dtype_name(query.dtype)
+    if not gpu_backward_choice.is_direct(m, d, dtype):
+        cuda_backward.check_length(n)
+        dtype = "float32"
     return cuda_backward.attention_backward(
-        get_gpu_backward(query.device.index, n, projection.shape[0], query.shape[3]),
+        get_gpu_backward(query.device.index, n, m, d, dtype),
         grad_out,
         query,
         key,

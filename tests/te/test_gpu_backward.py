@@ -176,7 +176,7 @@ def _serve(monkeypatch: pytest.MonkeyPatch, config: GpuBackwardConfig) -> Emulat
     made = emulated(config)
     made.calls.clear()
     for module in (operators, core):
-        monkeypatch.setattr(module, "get_gpu_backward", lambda index, n, m, d: made.instance)
+        monkeypatch.setattr(module, "get_gpu_backward", lambda index, n, m, d, dtype="float32": made.instance)
     return made
 
 

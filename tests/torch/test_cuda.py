@@ -362,6 +362,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(dispatch, "load_gpu", load_gpu)
     monkeypatch.setattr(dispatch, "_loaded", {})
     monkeypatch.setattr(dispatch, "_gpu_calls", {})
+    monkeypatch.setattr(dispatch, "_gpu_backward_calls", {})
     monkeypatch.setattr(dispatch, "_artefacts", None)
     monkeypatch.delenv("RPE_TVM_ARTEFACTS", raising=False)
     monkeypatch.setenv("RPE_TVM_CACHE", str(tmp_path / "cache"))

@@ -20,7 +20,9 @@ from rpe_tvm.build import nvcc
 from rpe_tvm.errors import CompilerNotFoundError
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
+from rpe_tvm.plan.gpu_backward_choice import AnyBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import tvm_runtime
 
@@ -73,14 +75,11 @@ for feature_map in ("prf", "nprf"):
     if op == "attention":
         cuda.attention(instance, *arguments, feature_map=feature_map, is_causal=True)
     else:
-        grad_out = torch.ones(()).expand(out.shape)
+        grad_out = torch.ones((), dtype=dtype).expand(out.shape)
         cuda_backward.attention_backward(
             instance, grad_out, *arguments, feature_map=feature_map, is_causal=True, of_projection=True
         )
-if "backward_prf" in loaded.functions:
-    assert called == ["backward_prf", "backward_nprf"]
-    print(launches() // 2, "launches")
-if op == "backward":
+if op == "backward" and config.dtype == "float32":
     phi_q, phi_k = torch.rand(2, 3, n_q, m), torch.rand(2, 3, n_k, m)
     cuda_backward.attention_on_features_backward(
         instance, torch.randn(out.shape).mT.contiguous().mT, phi_q, phi_k, value, bias, out, is_causal=False
@@ -88,6 +87,9 @@ if op == "backward":
 if "forward_prf" in loaded.functions:
     once = "fused" if "fused_prf" in loaded.functions else "forward"
     assert called == [once + "_prf", once + "_nprf"]
+    print(launches() // 2, "launches")
+elif "backward_prf" in loaded.functions:
+    assert [name for name in called if name.startswith("backward")] == ["backward_prf", "backward_nprf"]
     print(launches() // 2, "launches")
 elif op == "attention" or config.columns > 1:
     assert set(called) == set(loaded.functions)
@@ -124,11 +126,12 @@ if "fused_prf" in loaded.functions:
         (TensorCoreConfig(6, 16, 64, "bfloat16"), 1),
         (GpuBackwardConfig(3, 5, 64, (8, 8), 8), 14),
         (GpuBackwardConfig(2, 3, 512, (8, 8), 8, columns=8), None),
+        (TensorCoreBackwardConfig(6, 8, 64, "bfloat16", 1, 1, 2, 64), 5),
     ],
-    ids=["short", "long", "tensor cores", "fused", "gradients", "long gradients"],
+    ids=["short", "long", "tensor cores", "fused", "gradients", "long gradients", "gradients on tensor cores"],
 )
 def test_arguments_fit(
-    config: GpuConfig,
+    config: GpuConfig | AnyBackwardConfig,
     launches: int | None,
     cache_dir: Path,
     tmp_path: Path,

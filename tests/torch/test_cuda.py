@@ -298,9 +298,9 @@ def test_sixteen_bits_go_to_tensor_cores_as_they_are(
 def test_rows_for_tensor_cores_are_whole_pieces() -> None:
     x = torch.zeros(2, 3, 5, 16, dtype=torch.bfloat16)
     for fine in (x, x.transpose(1, 2), x[:, :, 1:], x[..., 8:]):
-        assert cuda._in_whole_pieces(fine) is fine
+        assert cuda.in_whole_pieces(fine) is fine
     for odd in (x[..., 1:9], x.new_zeros(2, 3, 5, 12)[..., :8], x.mT[..., :3, :], x.new_zeros(2, 3, 16, 5).mT):
-        copy = cuda._in_whole_pieces(odd)
+        copy = cuda.in_whole_pieces(odd)
         assert copy is not odd and copy.is_contiguous() and torch.equal(copy, odd)
 
 
@@ -423,6 +423,6 @@ def test_without_tvm_the_error_names_the_target(machine: Any, monkeypatch: pytes
     monkeypatch.delattr("rpe_tvm.build")
     monkeypatch.setitem(sys.modules, "rpe_tvm.build", None)
     with pytest.raises(
-        ArtefactError, match=r"--features 32 --head-dim 64 --target cuda --dtype float32 --lengths 128 --out DIR"
+        ArtefactError, match=r"--features 32 --head-dim 64 --target sm_90 --dtype float32 --lengths 128 --out DIR"
     ):
         dispatch.get_gpu_operator(0, 100, 32, 64)

@@ -22,6 +22,9 @@ CALLS_ATTRIBUTE = "rpe_tvm.calls"
 # Attribute of a function whose kernels load again in each turn of a loop what stays the same. nvcc would hold it in
 # registers, since TVM promises that nothing else writes there, and spill them.
 RELOAD_ATTRIBUTE = "rpe_tvm.reload"
+# Attribute of a function whose constant tables lie at multiples of 16 bytes: nvcc loads both parts of a complex number
+# at once where it knows that. Only this library makes tables.
+ALIGNED_ATTRIBUTE = "rpe_tvm.aligned_tables"
 # Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
@@ -72,7 +75,7 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
         with _source_is_kept():
             host_module, source = _generate(host, device, target)
             calls = tuple(_generate(*_split(each, target), target)[0] for each in _one_by_one(callers))
-        source = _without_promises(_bound_registers(source, mod), mod)
+        source = _with_aligned_tables(_without_promises(_bound_registers(source, mod), mod), mod)
     except BuildError:
         raise
     except Exception as error:  # TVM raises whatever class its C++ code named
@@ -162,6 +165,19 @@ def _without_promises(source: str, mod: tvm.IRModule) -> str:
             source, count = re.subn(pattern, lambda found: found[0].replace(" __restrict__", ""), source)
             if count == 0:
                 raise BuildError(f"The kernels of {symbol} promise nothing in a form that this rpe_tvm knows.")
+    return source
+
+
+def _with_aligned_tables(source: str, mod: tvm.IRModule) -> str:
+    """Write `ALIGNED_ATTRIBUTE` of functions into their kernels."""
+    for function in mod.functions.values():
+        if ALIGNED_ATTRIBUTE in function.attrs:
+            symbol = function.attrs["global_symbol"]
+            promise = "  tables_ptr = (float*)__builtin_assume_aligned(tables_ptr, 16);\n"
+            pattern = rf"( {symbol}_kernel\w*\([^)]*float\* (?:__restrict__ )?tables_ptr[^)]*\) \{{\n)"
+            source, count = re.subn(pattern, rf"\1{promise}", source)
+            if count == 0:
+                raise BuildError(f"The kernels of {symbol} have no tables in a form that this rpe_tvm knows.")
     return source
 
 

@@ -10,7 +10,7 @@ from tvm import te
 from tvm.s_tir import Schedule
 
 from rpe_tvm.build import lower_gpu
-from rpe_tvm.build.device_code import BLOCKS_ATTRIBUTE, CALLS_ATTRIBUTE, RELOAD_ATTRIBUTE
+from rpe_tvm.build.device_code import ALIGNED_ATTRIBUTE, BLOCKS_ATTRIBUTE, CALLS_ATTRIBUTE, RELOAD_ATTRIBUTE
 from rpe_tvm.build.lower import Lowered, named
 from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
@@ -45,6 +45,7 @@ def lower(config: GpuBackwardConfig) -> Lowered:
     name = "backward" if config.columns == 1 else "rows_backward"
     functions[name] = functions[name].with_attr(RELOAD_ATTRIBUTE, True)
     for name in {"backward", "value_sums", "rows_backward"} & {*functions}:
+        functions[name] = functions[name].with_attr(ALIGNED_ATTRIBUTE, True)
         if config.blocks_per_sm:
             functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, config.blocks_per_sm)
     if config.columns == 1:

@@ -267,6 +267,13 @@ def test_kernels_that_load_again_promise_nothing(target: GpuTargetSpec) -> None:
     assert {name for name, _ in signatures} == {"scale", "other"}
 
 
+def test_only_kernels_with_tables_promise_that_these_are_aligned(target: GpuTargetSpec) -> None:
+    module = toy_gpu.module("scale")
+    function = module["scale"].with_attr(device_code.ALIGNED_ATTRIBUTE, True)
+    with pytest.raises(BuildError, match="kernels of scale have no tables"):
+        device_code.generate(type(module)({"scale": function}), targets.to_tvm(target), "toy")
+
+
 def test_exporting_packs_tvms_runtime(
     cache_dir: Path, target: GpuTargetSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 from rpe_tvm.plan import gpu_backward, gpu_choice, gpu_direct_backward
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
@@ -45,4 +45,6 @@ def bucket(n: int, dtype: str) -> int:
 
 def config_from_json(fields: dict[str, Any]) -> AnyBackwardConfig:
     """Return the config that `to_json` wrote: that of the FFT has radices."""
-    return GpuBackwardConfig.from_json(fields) if "radices" in fields else TensorCoreBackwardConfig.from_json(fields)
+    if "radices" in fields:
+        return cast(GpuBackwardConfig, GpuBackwardConfig.from_json(fields))
+    return TensorCoreBackwardConfig.from_json(fields)

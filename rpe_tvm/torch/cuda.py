@@ -54,13 +54,14 @@ def attention(
             else:
                 functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
             return
+        config = _fft_config(instance)
         if f"forward_{feature_map}" in functions:
             forward, tables = functions[f"forward_{feature_map}"], _tables(config, query.device)
             between = _workspace(config, query, key)
             forward(query, key, value, rpe_bias, projection, tables, int(is_causal), between, out)
             return
         batch, heads = query.shape[:2]
-        phi_q, phi_k = (query.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads)) for _ in range(2))
+        phi_q, phi_k = (query.new_empty(gpu_buffers.features(config, batch, heads)) for _ in range(2))
         instance.functions[f"features_{feature_map}"](query, key, projection, phi_q, phi_k)
         _on_features(instance, phi_q, phi_k, value, rpe_bias, out, is_causal)
 

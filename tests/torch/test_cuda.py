@@ -298,9 +298,9 @@ def test_sixteen_bits_go_to_tensor_cores_as_they_are(
 def test_rows_for_tensor_cores_are_whole_pieces() -> None:
     x = torch.zeros(2, 3, 5, 16, dtype=torch.bfloat16)
     for fine in (x, x.transpose(1, 2), x[:, :, 1:], x[..., 8:]):
-        assert cuda._in_whole_pieces(fine) is fine
+        assert cuda.in_whole_pieces(fine) is fine
     for odd in (x[..., 1:9], x.new_zeros(2, 3, 5, 12)[..., :8], x.mT[..., :3, :], x.new_zeros(2, 3, 16, 5).mT):
-        copy = cuda._in_whole_pieces(odd)
+        copy = cuda.in_whole_pieces(odd)
         assert copy is not odd and copy.is_contiguous() and torch.equal(copy, odd)
 
 
@@ -311,7 +311,7 @@ def test_another_current_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch, curren
     monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(str(device)) or contextlib.nullcontext())
     with FakeTensorMode():
         x = torch.empty(1, device="cuda:0")
-    with cuda._current(x):
+    with cuda.current(x):
         assert seen == entered
 
 

@@ -17,7 +17,10 @@ step "mypy"
 "$python" -m mypy
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   step "pytest (with GPU tests)"
+  workers=0 # one process: tests on a GPU share it
 else
   step "pytest (GPU tests are skipped: torch finds no GPU; device code is compiled and checked, not run)"
+  workers=$(nproc)
+  [ "$workers" -le 4 ] || workers=4
 fi
-"$python" -m pytest -q "$@"
+"$python" -m pytest -q --numprocesses "$workers" --dist loadfile "$@"

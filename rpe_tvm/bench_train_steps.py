@@ -107,7 +107,7 @@ def _attention(name: str, inputs: Inputs, is_causal: bool) -> Callable[[], torch
         return functools.partial(module.kernelized_attention, *tensors, feature_map=feature_map, is_causal=is_causal)
     if name == "sdpa_bias":
         q, k, v, b = tensors
-        return lambda: peers.sdpa_with_bias(q, k, v, peers.bias_mask(b, n, n, is_causal=is_causal))
+        return lambda: peers.sdpa_with_bias(q, k, v, peers.bias_mask(b, n, n, is_causal=is_causal).to(q.dtype))
     chunk = {"torch_fft": None, "torch_fft_by_feature": 1}[name]
     return functools.partial(peers.torch_fft_attention, *tensors, inputs.projection, is_causal=is_causal, chunk=chunk)
 

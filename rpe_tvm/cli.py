@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import __version__, arm_targets, bench, bench_cuda, bench_toeplitz, bench_train
+from rpe_tvm import __version__, arm_targets, bench, bench_cuda, bench_cuda_train, bench_toeplitz, bench_train
 from rpe_tvm.errors import BuildError, RpeTvmError
 
 
@@ -288,16 +288,19 @@ def _verify(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.target != "cuda" and args.dtypes not in (None, ("float32",)):
         args.error(f"argument --dtypes: expected --target cuda for {','.join(args.dtypes)}, got --target {args.target}")
+    if args.target == "cuda" and args.mode == "train" and args.lengths is None:
+        args.lengths = bench_cuda_train.LENGTHS
     bench.fill_in(args)
     if args.target == "cuda":
-        if args.op != "attention" or args.mode != "forward":
-            args.error(
-                "argument --target: expected x86 for --op toeplitz and --mode train, which GPUs do not have yet, got "
-                "cuda"
-            )
+        if args.op != "attention":
+            args.error("argument --target: expected x86 for --op toeplitz, which GPUs do not have yet, got cuda")
         for option, value in (("--threads", args.threads), ("--memory-lengths", args.memory_lengths)):
             if value is not None:
                 args.error(f"argument {option}: expected --target x86, got --target cuda; leave one of them out")
+        if args.mode == "train":
+            if args.plot is not None:
+                args.error("argument --plot: expected --mode forward or --target x86; leave it out")
+            return bench_cuda_train.main(args, functools.partial(_describe_gpu_training, args))
         return bench_cuda.main(args, functools.partial(_describe_gpu, args))
     if args.mode != "train" and args.memory_lengths is not None:
         args.error("argument --memory-lengths: expected --mode train, which measures memory, got --mode forward")
@@ -323,6 +326,15 @@ def _describe_gpu(args: argparse.Namespace, n: int, dtype: str) -> str:
     size = n, args.features, args.head_dim
     kernel = dtype if gpu_choice.is_direct(*size, dtype) else "float32"  # what has no kernel is converted
     return dispatch.get_gpu_operator(0, *size, kernel).config.description
+
+
+def _describe_gpu_training(args: argparse.Namespace, n: int, dtype: str) -> str:
+    from rpe_tvm.plan import gpu_backward_choice
+    from rpe_tvm.torch import dispatch
+
+    size = n, args.features, args.head_dim
+    kernel = dtype if gpu_backward_choice.is_direct(*size[1:], dtype) else "float32"
+    return f"{_describe_gpu(args, n, dtype)}, {dispatch.get_gpu_backward(0, *size, kernel).config.description}"
 
 
 def _describe_training(args: argparse.Namespace, n: int) -> str:

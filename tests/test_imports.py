@@ -60,7 +60,11 @@ BELOW = {
         *("errors", "bench_turns", "bench_machine", "bench_output"),
         *("bench_train_steps", "bench_train_reference", "bench_train_memory"),
     },
-    "cli": {"errors", "arm_targets", "bench", "bench_cuda", "bench_toeplitz", "bench_train"},
+    "bench_cuda_train": {
+        *("errors", "bench_turns", "bench_output", "bench_cuda_clock", "bench_cuda_machine"),
+        *("bench_train", "bench_train_steps", "bench_train_reference"),
+    },
+    "cli": {"errors", "arm_targets", "bench", "bench_cuda", "bench_cuda_train", "bench_toeplitz", "bench_train"},
     "__main__": {"cli"},
 }
 # Layer -> what a function may import besides, when it runs: compiling on demand, and the commands of the
@@ -81,7 +85,7 @@ ON_DEMAND = {
 BENCHMARKS = {
     *("bench", "bench_problem", "bench_peers", "bench_toeplitz", "bench_turns"),
     *("bench_cuda", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
-    *("bench_train", "bench_train_steps", "bench_train_reference", "bench_train_memory"),
+    *("bench_train", "bench_train_steps", "bench_train_reference", "bench_train_memory", "bench_cuda_train"),
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.
 HEAVY = {

@@ -104,7 +104,7 @@ def test_wrong_candidates_are_never_timed(tmp_path):
     data["expected0"] = data["expected0"] * 1.001
     wrong = tmp_path / "wrong.npz"
     np.savez(wrong, **data)
-    (library,) = build_schedules([session._default(config)], session.tvm_target(_run(tmp_path)), 1)
+    (library,) = build_schedules([session._default(_run(tmp_path), config)], session.tvm_target(_run(tmp_path)), 1)
     right, refused = measure.measure(
         [measure.Contestant(library, file), measure.Contestant(library, wrong)], 1, 0.05, 60.0
     )

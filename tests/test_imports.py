@@ -186,6 +186,7 @@ def test_import_is_quick_and_light(run_python: Callable[..., subprocess.Complete
         ("rpe_tvm.cli", {"tvm", "tvm_ffi", "torch"}),
         ("rpe_tvm.build", {"tvm", "torch"}),
         ("rpe_tvm.runtime", {"tvm"}),  # tvm_ffi imports torch by itself
+        ("rpe_tvm.edge", {"tvm"}),
         ("rpe_tvm.torch", {"tvm"}),
         ("rpe_tvm.tune.gpu_cli", {"tvm"}),  # races run where there is none
     ],

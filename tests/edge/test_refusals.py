@@ -81,7 +81,7 @@ REFUSALS = {
     "missing file": (_remove, "No such file", "lib.so is missing"),
     "tampered manifest": (_tamper_manifest, "bundle.txt was altered", "bundle.txt was altered"),
     "truncated manifest": (_truncate_manifest, "bundle.txt was truncated", "bundle.txt was altered or truncated"),
-    "no bundle": (_no_bundle, "Expected the directory of an unpacked bundle", "No bundle of rpe_tvm"),
+    "no bundle": (_no_bundle, "Expected the directory of an unpacked rpe_tvm-bundle", "No bundle of rpe_tvm"),
     "other format": (_edited("bundle 1\n", "bundle 2\n"), "has format 2", "has format 2"),
     "other operator": (_edited("operator attention", "operator convolution"), "operator convolution", "convolution"),
     "wrong CPU": (_edited(",avx2,", ",avx2,avx9000,"), "x86_64-haswell: this CPU lacks avx9000", "lacks avx9000"),

@@ -100,7 +100,9 @@ def test_compile_other_operators(
         return out
 
     monkeypatch.setattr(package, "export", export)
-    monkeypatch.setattr(manifest, "read", lambda path: {"library": {"bytes": 1}, "schedule": {"source": "default"}})
+    monkeypatch.setattr(
+        manifest, "read", lambda path: {"library": {"file": "lib.so", "bytes": 1}, "schedule": {"source": "default"}}
+    )
     command = f"compile --op {op} --features 3 --head-dim 8 --lengths 50,2000 --target haswell --out"
     assert cli.main([*command.split(), str(tmp_path)]) == 0
     sizes = (8, 8) if op == "toeplitz" else (3, 8, 8)
@@ -117,7 +119,9 @@ def test_compile_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         return out
 
     monkeypatch.setattr(package, "export", export)
-    monkeypatch.setattr(manifest, "read", lambda path: {"library": {"bytes": 1}, "schedule": {"source": "default"}})
+    monkeypatch.setattr(
+        manifest, "read", lambda path: {"library": {"file": "lib.so", "bytes": 1}, "schedule": {"source": "default"}}
+    )
     command = ["compile", "--features", "3", "--head-dim", "8", "--lengths", "50,200", "--out", str(tmp_path)]
     assert cli.main([*command, "--target", "sm_80"]) == 0
     assert asked == [(gpu.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]

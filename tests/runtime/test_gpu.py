@@ -123,7 +123,7 @@ def test_without_a_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (lambda m: m["device"].update(shared_bytes="many"), "manifest.json is incomplete: ValueError"),
         (lambda m: m["functions"].remove("spectrum"), "no function spectrum"),
         (lambda m: m["config"].update(radices=[3]), "has no usable config"),
-        (lambda m: m["target"].update(kind="rocm"), "operator 'attention' for rocm, this rpe_tvm 0.1.0 knows"),
+        (lambda m: m["target"].update(kind="metal"), "operator 'attention' for metal, this rpe_tvm 0.1.0 knows"),
         (lambda m: m["library"].update(sha256="0"), "lib.so was altered or truncated"),
     ],
 )

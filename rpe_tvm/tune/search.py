@@ -40,10 +40,10 @@ class _Watch(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
     It also ends it where `interrupts` is no longer empty.
     """
 
-    def __init__(self, progress: Progress, deadline: float, interrupts: Sequence[int]) -> None:
+    def __init__(self, progress: Progress, deadline: float, interrupts: Sequence[int], done: int) -> None:
         super().__init__()
         self.progress, self.deadline, self.interrupts = progress, deadline, interrupts
-        self.done = 0
+        self.done = done
         self.best: float | None = None
         self.first_error = ""
         self.time_is_up = False
@@ -168,7 +168,7 @@ def search(
         return valid_records(database)
     logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
     interrupted: list[int] = []
-    watch = _Watch(progress, time.monotonic() + seconds, interrupted)
+    watch = _Watch(progress, time.monotonic() + seconds, interrupted, len(database))
     cores = int(target.attrs["num-cores"])
     callbacks = [
         ms.measure_callback.AddToDatabase(),

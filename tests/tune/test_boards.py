@@ -131,11 +131,11 @@ class Killer:
         if self.calls > 1:
             return self.boards.measure(contestants, threads, seconds, timeout)
         threading.Thread(target=self._kill).start()
-        return self.boards.measure(contestants, threads, 3.0, timeout)
+        return self.boards.measure(contestants, threads, 2.0, timeout)
 
     def _kill(self):
         self.servers.board.wait_for_session()
-        time.sleep(0.5)
+        time.sleep(0.3)
         self.servers.board.kill()
         if self.returns:
             self.servers.board = self.servers.start()
@@ -164,9 +164,9 @@ def test_a_search_survives_a_killed_server_and_resumes(boards, servers, run, cas
     assert len(before) == 2
 
     # killed for good: the run ends with what to do, and its batch does not count as tried
-    impatient = Boards(dataclasses.replace(boards._connection, wait=2.0), TARGET, boards._helper, is_emulated=False)
+    impatient = Boards(dataclasses.replace(boards._connection, wait=1.0), TARGET, boards._helper, is_emulated=False)
     impatient.device = boards.device
-    with pytest.raises(TuningError, match=r"none was free within 2 s .* go on with --resume"):
+    with pytest.raises(TuningError, match=r"none was free within 1 s .* go on with --resume"):
         find(4, Killer(impatient, servers, returns=False))
     assert database.read_text().splitlines() == before
 
@@ -195,6 +195,7 @@ def test_logs_of_an_emulated_board_are_refused_everywhere(servers, connection, t
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "candidates", lambda *_: [CONFIG])
+        patch.setattr(session, "RACE_SECONDS", 0.1)
         assert arm_cli.main(command) == 0
     assert "2 trials" in capfd.readouterr().out
     log = logs / TARGET.id / "attention"

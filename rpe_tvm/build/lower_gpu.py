@@ -9,7 +9,7 @@ import tvm
 from tvm import te
 from tvm.s_tir import Schedule
 
-from rpe_tvm.build.device_code import BLOCKS_ATTRIBUTE
+from rpe_tvm.build.device_code import ALIGNED_ATTRIBUTE, BLOCKS_ATTRIBUTE
 from rpe_tvm.build.lower import Lowered, named
 from rpe_tvm.build.lower_forward import forward_functions
 from rpe_tvm.build.parameters import relax_parameters
@@ -72,6 +72,8 @@ def lower(config: GpuAttentionConfig, widest_row: int = gpu.WIDEST_ROW) -> Lower
     add("largest", gpu_weights.largest_bias(sizes), gpu.largest_bias)
     for name, expressions, schedule in (_short if config.columns == 1 else _long)(config, sizes):
         add(name, expressions, functools.partial(_scheduled, schedule, config))
+        if config.has_aligned_tables and name == "attention":
+            functions[name] = functions[name].with_attr(ALIGNED_ATTRIBUTE, True)
         if config.blocks_per_sm and name in ("attention", "rows"):
             functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, config.blocks_per_sm)
     add("normalise", gpu_attention.normalise(config, sizes), gpu.normalise)

@@ -45,7 +45,8 @@ def lower(config: GpuBackwardConfig) -> Lowered:
     name = "backward" if config.columns == 1 else "rows_backward"
     functions[name] = functions[name].with_attr(RELOAD_ATTRIBUTE, True)
     for name in {"backward", "value_sums", "rows_backward"} & {*functions}:
-        functions[name] = functions[name].with_attr(ALIGNED_ATTRIBUTE, True)
+        if name != "value_sums" or config.has_aligned_tables:
+            functions[name] = functions[name].with_attr(ALIGNED_ATTRIBUTE, True)
         if config.blocks_per_sm:
             functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, config.blocks_per_sm)
     if config.columns == 1:

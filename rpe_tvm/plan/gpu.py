@@ -29,7 +29,7 @@ RADICES = (2, 3, 4, 5, *COMPOSITE)
 HALF_WARP = 16
 
 
-# Radices and folds whose kernel is faster where nvcc may load a twiddle at once, since tables are aligned: 4096 and 16384
+# Radices and folds whose kernel is faster where nvcc may load a twiddle at once, as tables are aligned: 4096 and 16384
 # positions by 7 and 4 %. Others become slower: 1024, 2048 and 8192 by 19, 8 and 16 % (H100).
 _ALIGNED_TABLES = (((16, 16, 16), 1), ((16, 16, 16), 4))
 

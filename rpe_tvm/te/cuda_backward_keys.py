@@ -28,7 +28,6 @@ from rpe_tvm.te.cuda_backward_rows import (
     copy_rows,
     in_matrices,
     load_rows,
-    scale,
     walk,
     write_argument_gradient,
 )
@@ -317,7 +316,6 @@ def _finish(
     first_k: Expr,
 ) -> None:
     """Write the gradients of a warp's values and keys."""
-    inverse = let("inverse_scale", T.float32(1) / scale(args.n_key))
     pair = named("pair_of_values", warp.registers(1, "uint32"))
     for block in range(config.row_blocks):
         for lower in (0, 1):
@@ -325,7 +323,7 @@ def _finish(
             with T.If(row < args.n_key), T.Then():
                 for column in range(sums.channels):
                     first = (block * sums.channels + column) * 4 + 2 * lower
-                    warp.pack(config.dtype, pair[0], *(sums.value[first + i] * inverse for i in (0, 1)))
+                    warp.pack(config.dtype, pair[0], *(sums.value[first + i] for i in (0, 1)))
                     warp.store_pair(args.grad_value.ptr_to([b, h, row, column * 8 + 2 * lane.pair]), pair[0])
-    factors = [inverse] * (2 * config.row_blocks)
+    factors: list[Expr] = [T.float32(1)] * (2 * config.row_blocks)
     write_argument_gradient(config, lane, args.key, phi, sums.grad, factors, b, h, first_k)

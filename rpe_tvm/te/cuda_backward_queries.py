@@ -27,7 +27,6 @@ from rpe_tvm.te.cuda_backward_rows import (
     copy_rows,
     in_matrices,
     load_rows,
-    scale,
     walk,
     write_argument_gradient,
 )
@@ -45,7 +44,7 @@ def query_gradients(config: TensorCoreBackwardConfig) -> tvm.tirx.PrimFunc:
     contiguous; phi_q, phi_k `[B, H, n', m']` and table `[H, n_q' + n_k']` as in `plan.gpu_workspace`; projection
     `[m, d]` float32; causal 0 or 1; normalised 1 for NPRF, 0 for PRF; of_projection 0 or 1: whether exponent
     `[B, H, n_q', m']` float32 is written, see `te.cuda_backward_rows.Argument`; terms `[2, B, H, n_q']` float32:
-    becomes w and `scale(n_k)` / den, both 0 where den is 0 or there is no query.
+    becomes w and 1 / den, both 0 where den is 0 or there is no query.
     """
     with function("grad_queries") as built:
         _build(config)
@@ -262,6 +261,6 @@ def _finish(
         T.buffer_store(denominator, inverse, [at])
         with T.If(lane.pair == 0), T.Then():
             T.buffer_store(args.terms, T.Select(passes, terms[at], T.float32(0)), [0, b, h, row])
-            T.buffer_store(args.terms, denominator[at] * scale(args.n_key), [1, b, h, row])
+            T.buffer_store(args.terms, denominator[at], [1, b, h, row])
     factors = [denominator[at] for at in range(2 * blocks)]
     write_argument_gradient(config, lane, args.query, phi, sums.grad, factors, b, h, first_q)

@@ -17,16 +17,6 @@ from rpe_tvm.te.cuda_function import let, named
 from rpe_tvm.te.cuda_tile import CHUNK, Place, share
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 
-LARGEST_SCALE = 32768
-
-
-def scale(n_key: Expr) -> Expr:
-    """Return what attention of a pair is multiplied by where it is rounded: near n_k, so that float16 holds it.
-
-    On average it is 1 / n_k, and at most 1.
-    """
-    return T.Cast("float32", T.min(n_key, LARGEST_SCALE))
-
 
 def load_rows(name: str, x: Buffer, columns: int, lane: Place, blocks: int, b: Expr, h: Expr, first: Expr) -> Buffer:
     """Return the fragments of a warp's rows, zero past the columns; rows past the last repeat it."""

@@ -105,10 +105,10 @@ def gradients(kernels: Kernels, inputs, slots: int, late: bool, backwards: bool,
     return [*found, grad_bias, *(x[:, :, :n] for x, n in zip(exponents, (n_q, n_k), strict=True))]
 
 
-def make_inputs(config, n_query, n_key, feature_map, causal):
+def make_inputs(config, n_query, n_key, feature_map, causal, scale=0.5):
     rng = np.random.default_rng(n_query + n_key)
     dtype, d = config.dtype, config.head_dim
-    query, key, value, grad_out = (rows(rng, n, d, dtype) for n in (n_query, n_key, n_key, n_query))
+    query, key, value, grad_out = (rows(rng, n, d, dtype, scale) for n in (n_query, n_key, n_key, n_query))
     bias = rng.normal(size=(H, n_query + n_key - 1)).astype(np.float32)
     projection = rng.normal(size=(config.num_features, d)).astype(np.float32)
     exact = [from_bits(np.ascontiguousarray(x), dtype) for x in (query, key, value, grad_out)]
@@ -165,6 +165,14 @@ def test_zero_vectors_rows_without_weight_and_large_gradients(kernels):
     assert (found[0][:, :, :20] == 0).all() and (found[0][:, :, 30] == 0).all()
     assert max(error(*each) for each in zip(found[:4], want[:4], strict=True)) < 1.5 * UNIT[config.dtype]
     assert all(np.isnan(exponent).all() for exponent in found[4:])  # not written
+
+
+def test_small_scores_leave_float16_its_range(kernels):
+    """With PRF a first causal row has few keys and a small denominator, by which what is rounded is divided."""
+    inputs, want, _ = make_inputs(kernels.config, 130, 130, "prf", True, scale=1.2)
+    found = gradients(kernels, inputs, 1, True, False)
+    assert all(np.isfinite(x).all() for x in found)
+    assert max(error(*each) for each in zip(found[:4], want[:4], strict=True)) < 4 * UNIT[kernels.config.dtype]
 
 
 def test_one_pair(kernels):

@@ -27,6 +27,15 @@ command -v apt-get >/dev/null || give_up "no apt-get here"
 echo "installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
 install() {
-  apt-get install --yes --no-install-recommends "${missing[@]}" >>"$log" 2>&1
+  apt-get install --yes --no-install-recommends "$@" >>"$log" 2>&1
 }
-install || { apt-get update >>"$log" 2>&1 && install; } || give_up "apt-get failed: $(tail -n 1 "$log")"
+install "${missing[@]}" && exit 0
+apt-get update >>"$log" 2>&1
+install "${missing[@]}" && exit 0
+# one that this release does not have keeps the others from being installed
+absent=()
+for package in "${missing[@]}"; do
+  install "$package" || absent+=("$package")
+done
+missing=("${absent[@]}")
+[ ${#missing[@]} -eq 0 ] || give_up "apt-get failed: $(tail -n 1 "$log")"

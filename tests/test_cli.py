@@ -137,7 +137,7 @@ def test_compile_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert asked == [(gpu_backward.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]
     capsys.readouterr()
     assert cli.main([*command, "--target", "sm_80", "--op", "backward", "--lengths", "300000"]) == 1
-    assert "expected at most 4096 positions for gradients on a GPU, got 5000" in capsys.readouterr().err
+    assert "expected at most 262144 positions for gradients on a GPU, got 300000" in capsys.readouterr().err
     asked.clear()
     assert cli.main([*command, "--target", "sm_80", "--op", "backward", "--dtype", "bfloat16"]) == 0
     assert asked == [(gpu_direct_backward.choose(n, 3, 8, "bfloat16"), "cuda-sm_80", tmp_path) for n in (50, 200)]

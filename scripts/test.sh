@@ -23,4 +23,4 @@ else
   workers=$(nproc)
   [ "$workers" -le 4 ] || workers=4
 fi
-"$python" -m pytest -q --numprocesses "$workers" --dist loadfile "$@"
+"$python" -m pytest -q --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"

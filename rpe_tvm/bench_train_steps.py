@@ -125,4 +125,4 @@ def step_bytes(name: str, size: Size) -> int:
         copies = {"torch_fft": 9.0, "torch_fft_by_feature": 4.5}[name]
         products = size.num_features * size.head_dim * peers.fft_length(2 * size.n - 1)
         arrays = int(copies * products) + 20 * size.n * (size.num_features + size.head_dim)
-    return 4 * size.heads * arrays + 80 * 2**20  # and the code that a first step loads
+    return 4 * size.heads * arrays + 64 * 2**20  # and the code that a first step loads

@@ -6,8 +6,8 @@ set -u
 
 packages=("$@")
 if [ ${#packages[@]} -eq 0 ]; then
-  # cross compilers and the emulator for ARM; the linker and the disassembler for AMD GPUs
-  packages=(g++-aarch64-linux-gnu g++-arm-linux-gnueabihf qemu-user-static lld-22 llvm-22)
+  # cross compilers and the emulator for ARM; the linker and the disassembler for AMD GPUs; what builds a bundle's hosts
+  packages=(g++-aarch64-linux-gnu g++-arm-linux-gnueabihf qemu-user-static lld-22 llvm-22 cmake)
 fi
 
 missing=()

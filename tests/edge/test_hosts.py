@@ -108,7 +108,9 @@ def test_the_self_check_finds_wrong_numbers(unpacked: Path, tmp_path: Path) -> N
     assert done.returncode == 1 and "WRONG" in done.stdout
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake: as root, bash scripts/debian_packages.sh installs it")
+@pytest.mark.skipif(
+    shutil.which("cmake") is None, reason="no cmake: as root, bash scripts/debian_packages.sh installs it"
+)
 def test_cmake_builds_it(packed, tmp_path: Path) -> None:
     bundle = unpack(packed.path, tmp_path)
     run("cmake", "-S", bundle, "-B", bundle / "build")

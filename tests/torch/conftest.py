@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -124,3 +126,12 @@ def reference_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReferenceOpe
         monkeypatch.setattr(module, "get_backward", operator.lookup_backward)
         monkeypatch.setattr(module, "attention_backward", _attention_backward)
     yield operator
+
+
+@pytest.fixture
+def openmp() -> ctypes.CDLL:
+    """The OpenMP runtime that our libraries are bound to: they need ``libgomp.so.1``, which is loaded by then.
+
+    Other packages may bring one of their own under another name (xgboost does).
+    """
+    return ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)

@@ -62,8 +62,7 @@ def kernelized_attention(
     ShapeError, DTypeError, ValueError, TypeError
         If the arguments do not fit together, are on another device, or the feature map is none.
     GpuGradientError
-        If gradients of more than 4096 queries or keys are asked for on a GPU, which has them only on tensor cores (see
-        Notes) so far.
+        If gradients are asked for on an AMD GPU, or of more than 262144 queries or keys on an NVIDIA GPU.
 
     Notes
     -----

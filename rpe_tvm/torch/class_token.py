@@ -33,7 +33,8 @@ def class_token_attention(
     Parameters
     ----------
     query, key : Tensor
-        ``[B, H, 1 + n, d]``, float32, bfloat16 or float16, on the CPU; the class token comes first.
+        ``[B, H, 1 + n, d]``, float32, bfloat16 or float16, on the CPU or an NVIDIA GPU, which all tensors
+        share; the class token comes first.
     value : Tensor
         ``[B, H, 1 + n, d_v]``, of the same dtype.
     rpe_bias : Tensor
@@ -58,11 +59,11 @@ def class_token_attention(
     ShapeError, DTypeError
         If shapes or dtypes do not fit.
     TypeError, ValueError
-        If feature_map cannot be called; if a tensor is not on the CPU.
+        If feature_map cannot be called; if a tensor is on another device.
     """
     check_inputs(query, key, value, "1 + n")
-    batch, heads, length, _ = query.shape
-    _check_biases(rpe_bias, class_bias, heads, length)
+    batch, _, length, _ = query.shape
+    _check_biases(rpe_bias, class_bias, query)
     if key_mask is not None and key_mask.shape != (batch, length):
         raise ShapeError(
             f"Invalid shape of key_mask: expected [B, 1 + n] = {[batch, length]}, got {list(key_mask.shape)}."
@@ -112,7 +113,8 @@ def _divide(num: Tensor, den: Tensor) -> Tensor:
     return torch.where(den == 0, 0.0, num / torch.where(den == 0, 1.0, den))
 
 
-def _check_biases(rpe_bias: Tensor, class_bias: Tensor, heads: int, length: int) -> None:
+def _check_biases(rpe_bias: Tensor, class_bias: Tensor, query: Tensor) -> None:
+    heads, length = query.shape[1:3]
     if length == 0:
         raise ShapeError("Invalid shape of query: expected [B, H, 1 + n, d] with the class token first, got no token.")
     n = length - 1
@@ -123,9 +125,8 @@ def _check_biases(rpe_bias: Tensor, class_bias: Tensor, heads: int, length: int)
                 f"Invalid shape of rpe_bias: expected [H, 2 * height - 1, 2 * width - 1] with height * width = {n} "
                 f"tokens beside the class token, got {list(rpe_bias.shape)}."
             )
-        check_weights("rpe_bias", rpe_bias, (heads, rows, columns), "[H, 2 * height - 1, 2 * width - 1]")
+        check_weights("rpe_bias", rpe_bias, (heads, rows, columns), "[H, 2 * height - 1, 2 * width - 1]", query)
     else:
-        check_weights(
-            "rpe_bias", rpe_bias, (heads, max(2 * n - 1, 0)), "[H, 2 * n - 1] for n tokens beside the class token"
-        )
-    check_weights("class_bias", class_bias, (heads, 3), "[H, 3]")
+        meaning = "[H, 2 * n - 1] for n tokens beside the class token"
+        check_weights("rpe_bias", rpe_bias, (heads, max(2 * n - 1, 0)), meaning, query)
+    check_weights("class_bias", class_bias, (heads, 3), "[H, 3]", query)

@@ -41,8 +41,8 @@ def grid_attention(
     Parameters
     ----------
     query, key : Tensor
-        ``[B, H, height, width, d]``, float32, bfloat16 or float16, on the CPU. Tokens ``[B, H, height * width, d]``
-        become that by ``.unflatten(2, (height, width))``.
+        ``[B, H, height, width, d]``, float32, bfloat16 or float16, on the CPU or an NVIDIA GPU, which all
+        tensors share. Tokens ``[B, H, height * width, d]`` become that by ``.unflatten(2, (height, width))``.
     value : Tensor
         ``[B, H, height, width, d_v]``, of the same dtype.
     rpe_bias : Tensor
@@ -65,11 +65,11 @@ def grid_attention(
     ShapeError, DTypeError
         If shapes or dtypes do not fit.
     TypeError, ValueError
-        If feature_map cannot be called; if a tensor is not on the CPU.
+        If feature_map cannot be called; if a tensor is on another device.
     """
     check_inputs(query, key, value, "height, width")
     batch, heads, height, width, _ = query.shape
-    _check_table("rpe_bias", rpe_bias, heads, height, width)
+    _check_table("rpe_bias", rpe_bias, query)
     if key_mask is not None:
         if key_mask.shape != (batch, height, width):
             raise ShapeError(
@@ -114,8 +114,8 @@ def grid_toeplitz_matmul(weights: Tensor, x: Tensor) -> Tensor:
     """
     if x.dim() != 5:
         raise ShapeError(f"Invalid shape of x: expected [B, H, height, width, d], got {list(x.shape)}.")
-    _, heads, height, width, _ = x.shape
-    _check_table("weights", weights, heads, height, width)
+    height, width = x.shape[2:4]
+    _check_table("weights", weights, x)
     if x.numel() == 0:
         return x.clone()
     return to_grid(toeplitz_matmul(weights.flatten(1), to_sequence(x)), height, width)
@@ -138,6 +138,7 @@ def to_grid(x: Tensor, height: int, width: int) -> Tensor:
     return rows[:, :, :, :width]
 
 
-def _check_table(name: str, table: Tensor, heads: int, height: int, width: int) -> None:
+def _check_table(name: str, table: Tensor, x: Tensor) -> None:
+    _, heads, height, width, _ = x.shape
     shape = (heads, max(2 * height - 1, 0), max(2 * width - 1, 0))
-    check_weights(name, table, shape, "[H, 2 * height - 1, 2 * width - 1]")
+    check_weights(name, table, shape, "[H, 2 * height - 1, 2 * width - 1]", x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
+from rpe_tvm.torch.devices import check_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,12 +30,11 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, positions: str) -> N
     ShapeError, DTypeError
         If shapes or dtypes do not fit.
     ValueError
-        If a tensor is not on the CPU.
+        If a tensor is on a device that has no operator, or not where query is.
     """
     axes = f"[B, H, {positions}, d]"
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not x.is_cpu:
-            raise ValueError(f"Invalid device of {name}: expected a CPU tensor, got one on {x.device}; use .cpu().")
+        check_device(name, x, query)
         if x.dtype not in DTYPES or x.dtype != query.dtype:
             raise DTypeError(
                 f"Invalid dtype of {name}: expected float32, bfloat16 or float16, the same for query, key and "
@@ -50,8 +50,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, positions: str) -> N
         )
 
 
-def check_weights(name: str, weights: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    """Raise `ShapeError`, `DTypeError` or ``ValueError`` unless biases or weights have this shape, which means ..."""
+def check_weights(name: str, weights: Tensor, shape: tuple[int, ...], meaning: str, first: Tensor) -> None:
+    """Raise `ShapeError`, `DTypeError` or ``ValueError`` unless biases or weights have this shape, which means ..., and
+    are where the first tensor of the call is.
+    """
     if weights.shape != shape:
         raise ShapeError(f"Invalid shape of {name}: expected {meaning} = {list(shape)}, got {list(weights.shape)}.")
     if weights.dtype not in DTYPES:
@@ -59,8 +61,7 @@ def check_weights(name: str, weights: Tensor, shape: tuple[int, ...], meaning: s
             f"Invalid dtype of {name}: expected float32, bfloat16 or float16, got {weights.dtype}. Convert it with "
             ".float()."
         )
-    if not weights.is_cpu:
-        raise ValueError(f"Invalid device of {name}: expected a CPU tensor, got one on {weights.device}; use .cpu().")
+    check_device(name, weights, first)
 
 
 def features(
@@ -96,6 +97,8 @@ def features(
         If feature_map cannot be called.
     ShapeError, DTypeError
         If what it returns, or the mask, has another shape or dtype.
+    ValueError
+        If the mask is not where query is.
     """
     if not callable(feature_map):
         raise TypeError(
@@ -104,6 +107,7 @@ def features(
     query, key, value = query.float(), key.float(), value.float()
     masked = None
     if key_mask is not None:
+        check_device("key_mask", key_mask, query)
         if key_mask.dtype != torch.bool:
             raise DTypeError(
                 f"Invalid dtype of key_mask: expected torch.bool, True for keys that take part, got {key_mask.dtype}."

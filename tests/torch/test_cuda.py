@@ -27,7 +27,9 @@ from rpe_tvm.torch import (
     core,
     cuda,
     dispatch,
+    elu_features,
     gaussian_projection,
+    grid_attention,
     kernelized_attention,
     operators,
     use_artefacts,
@@ -338,6 +340,16 @@ def test_key_lengths_are_where_query_is() -> None:
         feature_map = NPRF(torch.empty(M, D, device="cuda"))
         with pytest.raises(ValueError, match="device of key_lengths: expected cuda:0"):
             kernelized_attention(x, x, x, bias, feature_map=feature_map, key_lengths=torch.tensor([1, 2]))
+
+
+def test_tensors_of_a_grid_share_a_device() -> None:
+    with FakeTensorMode():
+        x, bias = torch.empty(B, H, 3, 4, D, device="cuda"), torch.empty(H, 5, 7, device="cuda")
+        with pytest.raises(ValueError, match="device of rpe_bias: expected cuda:0"):
+            grid_attention(x, x, x, bias.cpu(), feature_map=elu_features)
+        with pytest.raises(ValueError, match="device of key_mask: expected cuda:0"):
+            mask = torch.ones(B, 3, 4, dtype=torch.bool)
+            grid_attention(x, x, x, bias, feature_map=elu_features, key_mask=mask)
 
 
 @pytest.fixture

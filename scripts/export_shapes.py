@@ -20,7 +20,7 @@ from rpe_tvm.gpu_targets import GpuTargetSpec
 
 def load(checkpoint: Path) -> tuple[train_shapes.VisionModel, train_shapes.Sizes]:
     """The model of a checkpoint, for inference."""
-    stored = torch.load(checkpoint, weights_only=True)
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
     settings = stored["settings"]
     fields = train_shapes.Sizes.__dataclass_fields__
     sizes = train_shapes.Sizes(**{name: settings[name] for name in fields})

@@ -95,7 +95,7 @@ def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor |
     if bias is None:
         return scaled_dot_product_attention(query, key, value, is_causal=True)
     n = query.shape[2]
-    position = torch.arange(n)
+    position = torch.arange(n, device=query.device)
     offset = position - position[:, None]
     mask = bias[:, offset + n - 1].masked_fill(offset > 0, -math.inf)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -154,15 +154,15 @@ def text() -> tuple[Tensor, Tensor]:
 def run(name: str, seed: int, sizes: Sizes, schedule: training.Schedule, args: argparse.Namespace) -> dict[str, Any]:
     """Train one contestant from one seed."""
     train_text, validation_text = text()
-    model = LanguageModel(CONTESTANTS[name], sizes, seed)
+    model = LanguageModel(CONTESTANTS[name], sizes, seed).to(args.device)
     count = min(64, (len(validation_text) - 1) // sizes.length)
     windows = validation_text[: count * sizes.length + 1]
-    held_out = windows[:-1].view(count, -1), windows[1:].view(count, -1)
+    held_out = [part.view(count, -1).to(args.device) for part in (windows[:-1], windows[1:])]
 
     def loss(model: nn.Module, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(len(train_text) - sizes.length, (sizes.batch, 1), generator=generator)
-        batch = train_text[starts + torch.arange(sizes.length + 1)]
+        batch = train_text[starts + torch.arange(sizes.length + 1)].to(args.device)
         return cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -172,7 +172,7 @@ def run(name: str, seed: int, sizes: Sizes, schedule: training.Schedule, args: a
         ]
         return {BITS: sum(losses) / len(losses) / math.log(2)}
 
-    settings = training.settings_of(schedule, **vars(sizes), contestant=name, seed=seed)
+    settings = training.settings_of(schedule, args.device, **vars(sizes), contestant=name, seed=seed)
     curve = training.train(name, model, loss, evaluate, schedule, args.out / f"{name}-seed{seed}.pt", settings)
     return {"contestant": name, "seed": seed, **curve}
 
@@ -186,7 +186,7 @@ def main() -> int:
     names = training.chosen(parser, args.contestants, list(CONTESTANTS), quick if args.quick else list(CONTESTANTS))
     schedule = training.Schedule(args.steps or steps)
     curves = [run(name, seed, sizes, schedule, args) for name in names for seed in range(args.seeds)]
-    settings = training.settings_of(schedule, **vars(sizes))
+    settings = training.settings_of(schedule, args.device, **vars(sizes))
     training.report(curves, BITS, settings, args.out, "Language model of Python's documentation, by its bytes")
     if not args.quick:
         return 0

@@ -50,7 +50,7 @@ QUICK = Sizes(grid=16, batch=16, layers=2, width=64, heads=4, features=32)
 
 def images(count: int, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Pixels ``[count, grid, grid]``, 0 or 1, and for each pixel the answer, 0 to 2."""
-    cells = sizes.grid // 3 + 1
+    cells = -(-(sizes.grid + 2) // 3)  # room for a shift by two
     side = 3 * cells
     kinds = torch.randint(3, (count, cells, cells), generator=generator)
     kinds = kinds.repeat_interleave(3, 1).repeat_interleave(3, 2)
@@ -137,11 +137,15 @@ class VisionModel(nn.Module):
 
 def run(name: str, seed: int, sizes: Sizes, schedule: training.Schedule, args: argparse.Namespace) -> dict[str, Any]:
     """Train one contestant from one seed."""
-    model = VisionModel(name, sizes, seed)
-    held_out = images(128, sizes, torch.Generator().manual_seed(2**40))
+    model = VisionModel(name, sizes, seed).to(args.device)
+
+    def draw(count: int, seed: int) -> list[Tensor]:
+        return [x.to(args.device) for x in images(count, sizes, torch.Generator().manual_seed(seed))]
+
+    held_out = draw(128, 2**40)
 
     def loss(model: nn.Module, step: int) -> Tensor:
-        x, y = images(sizes.batch, sizes, torch.Generator().manual_seed(seed * 1_000_003 + step))
+        x, y = draw(sizes.batch, seed * 1_000_003 + step)
         return cross_entropy(model(x).flatten(0, 2), y.flatten())
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -150,7 +154,7 @@ def run(name: str, seed: int, sizes: Sizes, schedule: training.Schedule, args: a
         # Most answers are "nothing": each of the three counts the same.
         return {RECALL: sum((predicted[y == k] == k).float().mean().item() for k in range(3)) / 3}
 
-    settings = training.settings_of(schedule, **vars(sizes), contestant=name, seed=seed)
+    settings = training.settings_of(schedule, args.device, **vars(sizes), contestant=name, seed=seed)
     curve = training.train(name, model, loss, evaluate, schedule, args.out / f"{name}-seed{seed}.pt", settings)
     return {"contestant": name, "seed": seed, **curve}
 
@@ -163,7 +167,7 @@ def main() -> int:
     names = training.chosen(parser, args.contestants, CONTESTANTS, CONTESTANTS)
     schedule = training.Schedule(args.steps or steps)
     curves = [run(name, seed, sizes, schedule, args) for name in names for seed in range(args.seeds)]
-    settings = training.settings_of(schedule, **vars(sizes))
+    settings = training.settings_of(schedule, args.device, **vars(sizes))
     training.report(curves, RECALL, settings, args.out, "What stands three rows below and six columns right?")
     if not args.quick:
         return 0

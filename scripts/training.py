@@ -61,7 +61,7 @@ def train(
     """Train to the end, or on from `checkpoint` if that exists, and return the curve.
 
     `loss` takes the model and the step, and draws its batch from the number of the step, so that a run that was
-    killed goes on exactly as it would have gone.
+    killed goes on exactly as it would have gone (on a GPU: as far as torch's own gradients are deterministic there).
     """
     relative = [p for each, p in model.named_parameters() if "relative" in each]
     others = [p for each, p in model.named_parameters() if "relative" not in each]
@@ -123,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser, contestants: Sequence[str], o
     parser.add_argument("--contestants", metavar="A,B,...", help=f"some of: {','.join(contestants)}")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each contestant (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of each run")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads (default: torch's)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="results (default: %(default)s)")
@@ -135,6 +136,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         number = getattr(args, option)
         if number is not None and number < 1:
             parser.error(f"--{option}: expected a positive number, got {number}")
+    if args.device not in ("cpu", "cuda"):
+        parser.error(f"--device: expected cpu or cuda, got {args.device!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; leave the option out to train on the CPU")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the curves need matplotlib, which is not installed: pip install matplotlib")
     if args.threads is not None:
@@ -158,7 +163,10 @@ def chosen(
 
 def report(curves: list[dict[str, Any]], score: str, settings: Mapping[str, Any], out: Path, title: str) -> None:
     """Print the table, write ``results.json`` and ``curves.png``."""
-    document = {"environment": environment(torch.get_num_threads()), "settings": dict(settings), "runs": curves}
+    machine = environment(torch.get_num_threads())
+    if settings["device"] == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    document = {"environment": machine, "settings": dict(settings), "runs": curves}
     text = json.dumps(document, indent=1) + "\n"
     _write_and_rename(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     _plot(curves, score, out / "curves.png", title)
@@ -209,6 +217,6 @@ def _write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
     staged.replace(path)
 
 
-def settings_of(schedule: Schedule, **others: Any) -> dict[str, Any]:
+def settings_of(schedule: Schedule, device: str, **others: Any) -> dict[str, Any]:
     """What a run was made with, for the checkpoint and the JSON."""
-    return {**asdict(schedule), **others, "threads": torch.get_num_threads()}
+    return {**asdict(schedule), **others, "device": device, "threads": torch.get_num_threads()}

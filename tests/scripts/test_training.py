@@ -82,6 +82,18 @@ def test_shapes_writes_results_for_all_contestants(shapes, monkeypatch, tmp_path
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
+@pytest.mark.parametrize("name", ["char_lm", "shapes"])
+def test_a_gpu_trains_as_the_cpu_does(request, monkeypatch, tmp_path, name):
+    module = request.getfixturevalue(name)
+    losses = []
+    for device in ("cpu", "cuda"):
+        call(module, monkeypatch, "--steps", 3, "--device", device, "--out", tmp_path / device)
+        losses.append([each["train_loss"] for each in runs(tmp_path / device)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 @pytest.mark.parametrize(("name", "better", "worse"), [("char_lm", 1.0, 2.0), ("shapes", 0.9, 0.3)])
 def test_quick_fails_unless_relative_positions_help(request, monkeypatch, tmp_path, name, better, worse):
     module = request.getfixturevalue(name)
@@ -130,7 +142,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(request, script, monkey
 
         monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", clip_or_die)
         schedule = training.Schedule(steps, warmup=3, evaluate_every=2)
-        return module.run(contestant, 1, module.QUICK, schedule, argparse.Namespace(out=tmp_path / folder))
+        return module.run(
+            contestant, 1, module.QUICK, schedule, argparse.Namespace(out=tmp_path / folder, device="cpu")
+        )
 
     whole = run("whole")
     assert whole["step"] == [2, 4, 6, 7]
@@ -200,16 +214,17 @@ def kinds(shapes, image, at):
     return [known.index(cell) if cell in known else None for cell in cells]
 
 
-def test_images_and_answers(shapes):
-    sizes = replace(shapes.QUICK, noise=0.0, grid=15)
+@pytest.mark.parametrize("grid", [15, 16, 17])
+def test_images_and_answers(shapes, grid):
+    sizes = replace(shapes.QUICK, noise=0.0, grid=grid)
     pixels, answers = shapes.images(8, sizes, torch.Generator().manual_seed(0))
     assert set(pixels.flatten().tolist()) == {0, 1} and set(answers.flatten().tolist()) == {0, 1, 2}
     for image, answer in zip(pixels, answers, strict=True):
         # The cells lie where every whole cell of 3 x 3 pixels is one of the shapes.
         ((row, column),) = [at for at in itertools.product(range(3), repeat=2) if None not in kinds(shapes, image, at)]
         cells = iter(kinds(shapes, image, (row, column)))
-        for r in range(row, 13, 3):
-            for c in range(column, 13, 3):
+        for r in range(row, grid - 2, 3):
+            for c in range(column, grid - 2, 3):
                 kind = next(cells)
                 if r >= 3 and c >= 6:
                     seen = answer[r - 3 : r, c - 6 : c - 3]
@@ -225,6 +240,7 @@ def test_bad_options(char_lm, monkeypatch, tmp_path, capsys):
         (("--contestants", "nprf,elu"), "got 'elu'"),
         (("--steps", "0"), "--steps: expected a positive number, got 0"),
         (("--seeds", "-1"), "--seeds: expected a positive number, got -1"),
+        (("--device", "gpu"), "--device: expected cpu or cuda, got 'gpu'"),
     ):
         with pytest.raises(SystemExit):
             call(char_lm, monkeypatch, *options, "--out", tmp_path)

@@ -9,12 +9,12 @@ What is generated is checked for both afterwards.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import tvm
 
+from rpe_tvm.build.json_graph import from_graph, to_graph
 from rpe_tvm.errors import BuildError
 
 # Linked to every code object, and inlined.
@@ -43,7 +43,7 @@ def corrected(device: tvm.IRModule) -> tvm.IRModule:
 
 def _corrected(kernel: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
     # TVM's Python has nothing that replaces variables of a function: its JSON graph is edited, as in `parameters`.
-    graph: dict[str, Any] = json.loads(tvm.ir.save_json(kernel))
+    graph = to_graph(kernel)
     nodes: list[dict[str, Any]] = graph["nodes"]
 
     def add(kind: str, data: Any) -> int:
@@ -83,7 +83,7 @@ def _corrected(kernel: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
             node["data"] = {key: first(value) for key, value in data.items()}
         elif isinstance(data, list):
             node["data"] = [first(value) for value in data]
-    return tvm.ir.load_json(json.dumps(graph))
+    return from_graph(graph)
 
 
 def check(ir: str, assembly: str) -> None:

@@ -6,10 +6,11 @@ refused. TVM has no call to change the parameters of a function, so its JSON gra
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import tvm
+
+from rpe_tvm.build.json_graph import from_graph, to_graph
 
 FLOAT_BYTES = 4
 
@@ -29,7 +30,7 @@ def relax_parameters(function: tvm.tirx.PrimFunc, strided: frozenset[str]) -> tv
     PrimFunc
         The same computation.
     """
-    graph: dict[str, Any] = json.loads(tvm.ir.save_json(function))
+    graph = to_graph(function)
     nodes: list[dict[str, Any]] = graph["nodes"]
 
     def add(kind: str, data: Any) -> int:
@@ -55,4 +56,4 @@ def relax_parameters(function: tvm.tirx.PrimFunc, strided: frozenset[str]) -> tv
             names = [add("ffi.String", f"{name}_stride{axis}") for axis in axes]
             strides = [add("ir.Var", {"span": 0, "ty": int64, "name": name}) for name in names]
             buffer["data"]["strides"] = add("ffi.Array", [*strides, one])
-    return tvm.ir.load_json(json.dumps(graph))
+    return from_graph(graph)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.backward import BackwardConfig
+from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.schedules.cpu import Block, Choices, Loop, at_consumer, largest_divisor, vectorize
+from rpe_tvm.te.lane_sums import step_names, summed_at_once
 
 
 def _in_registers(sch: Schedule, name: str, loop: Loop, lanes: int) -> None:
@@ -33,8 +35,8 @@ def _tiled(sch: Schedule, block: Block, rows: int, vectors: int, lanes: int) -> 
     return row_outer
 
 
-def direct_denominator(sch: Schedule, config: BackwardConfig, choices: Choices) -> None:
-    """Schedule `te.denominator.direct_denominator`: parallel over (batch, head, tile of queries)."""
+def direct_row_weights(sch: Schedule, config: BackwardConfig, choices: Choices) -> None:
+    """Schedule `te.direct_row_weights`: parallel over (batch, head, tile of queries)."""
     denominator, row_sums, weighted = (sch.get_sblock(name) for name in ("denominator", "row_sums", "weighted"))
     b, h, tile, *_ = sch.get_loops(denominator)
     task = sch.fuse(b, h, tile)
@@ -49,6 +51,21 @@ def direct_denominator(sch: Schedule, config: BackwardConfig, choices: Choices) 
     vectorize(sch, weighted, unrolled=2)
     vectorize(sch, row_sums, unrolled=2)
     vectorize(sch, sch.decompose_reduction(row_sums, block), unrolled=0)
+
+    weight, products = sch.get_sblock("w"), sch.get_sblock("products")
+    b, h, tile, row = sch.get_loops(weight)
+    sch.parallel(sch.fuse(b, h, tile))
+    rows, row = sch.split(row, [None, summed_at_once(BLOCK, config.lanes)])
+    sch.vectorize(row)
+    for name in reversed(step_names("products", config.lanes)):
+        block = sch.get_sblock(name)
+        at_consumer(sch, block, rows)
+        vectorize(sch, block, unrolled=2)
+    at_consumer(sch, products, rows)
+    row, lane, piece = sch.get_loops(products)[-3:]
+    sch.reorder(row, piece, lane)
+    vectorize(sch, products, unrolled=2)
+    vectorize(sch, sch.decompose_reduction(products, piece), unrolled=0)
 
 
 def direct_backward(sch: Schedule, config: BackwardConfig, choices: Choices) -> None:

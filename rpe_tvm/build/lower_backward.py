@@ -8,19 +8,20 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.build.lower import Lowered, named, preparing_functions, tuned_function
 from rpe_tvm.build.parameters import relax_parameters
+from rpe_tvm.build.shared_arrays import share_arrays
 from rpe_tvm.build.workloads import STRIDED
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.schedules.cpu_schedules import CpuSchedules
 from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.targets import TargetSpec
 from rpe_tvm.te import shapes
-from rpe_tvm.te.denominator import direct_denominator
 from rpe_tvm.te.denominator_backward import fft_denominator_backward, fft_row_weights
+from rpe_tvm.te.direct_row_weights import direct_row_weights
 from rpe_tvm.te.features import FEATURE_MAPS
 from rpe_tvm.te.features_backward import features_backward
 
 # What is compiled beside `backward`: name in the library, tensor expressions, schedule.
-_DIRECT = (("denominator", direct_denominator, CpuSchedules.direct_denominator),)
+_DIRECT = (("row_weights", direct_row_weights, CpuSchedules.direct_row_weights),)
 _FFT = (
     ("row_weights", fft_row_weights, CpuSchedules.fft_row_weights),
     ("denominator_backward", fft_denominator_backward, CpuSchedules.fft_denominator_backward),
@@ -44,7 +45,8 @@ def lower(config: BackwardConfig, target: TargetSpec) -> Lowered:
         sch = _unscheduled(expressions(config, shapes.symbolic()))
         apply(schedules, sch, config)
         functions[name] = named(sch, name)
-    functions["backward"], schedule = tuned_function(config, target)
+    scheduled, schedule = tuned_function(config, target)
+    functions["backward"] = share_arrays(scheduled)
     return Lowered(tvm.IRModule(functions), schedule)
 
 

@@ -33,7 +33,7 @@ def backward_functions(config: AttentionConfig) -> tuple[str, ...]:
     shared = (*FUNCTIONS[:-1], *(f"features_{name}_backward" for name in FEATURE_MAPS), "backward")
     if config.algorithm == "fft":
         return (*shared, "row_weights", "denominator_backward")
-    return (*shared, "denominator")
+    return (*shared, "row_weights")
 
 
 @dataclass(frozen=True)

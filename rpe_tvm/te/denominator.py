@@ -1,8 +1,4 @@
-"""Denominators of attention, apart from the numerators.
-
-By FFT: the product of C with the features of keys, features as lanes, 1/d of the work. By tiles: sums over rows of
-weighted scores.
-"""
+"""Denominators of attention by FFT, apart from the numerators: features as lanes, 1/d of the work."""
 
 from __future__ import annotations
 
@@ -11,12 +7,11 @@ from tvm import te
 from rpe_tvm.plan import twiddles
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Expr
 from rpe_tvm.te.lanes import channel, existing, lane_groups, twist, untwisted_sum
-from rpe_tvm.te.shapes import Sizes, at_position, feature_buffer
+from rpe_tvm.te.shapes import Sizes, feature_buffer
 from rpe_tvm.te.toeplitz import circulant_product
 
 
@@ -73,48 +68,3 @@ def fft_denominator(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     tables = dft.Tables(te.placeholder((cx.int64(where.size),), cx.FLOAT, "tables"), where)
     denominator = partial_denominators(config, sizes, phi_q, phi_k, spectrum, tables)
     return [phi_q, phi_k, spectrum, tables.tensor, denominator]
-
-
-def direct_denominator(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
-    """Return the arguments of the denominators by tiles of 64 x 64 scores, the output last.
-
-    Returns
-    -------
-    list
-        phi_q and phi_k `[B, H, m, blocks, 64]` (zero past the length), n_q, n_k, table `[H, 2 * 64 * blocks]` (entry
-        `64 * blocks + j - i`), denominator `[B, H, ceil(n_q / 64), 64]` (zero past the length).
-    """
-    m, lanes = config.num_features, config.lanes
-    padded = sizes.blocks * BLOCK
-    phi_q, phi_k = (feature_buffer(config, sizes, name) for name in ("phi_q", "phi_k"))
-    table = te.placeholder((sizes.heads, 2 * padded), cx.FLOAT, "table")
-    rows, columns = ((n + BLOCK - 1) // BLOCK for n in (sizes.n_query, sizes.n_key))
-    feature = te.reduce_axis((cx.int64(0), cx.int64(m)), "feature")
-    tiles = (sizes.batch, sizes.heads, rows, columns, BLOCK, BLOCK)
-    scores = cx.compute(
-        tiles,
-        lambda b, h, bi, bj, i, j: te.sum(
-            at_position(phi_q, b, h, feature, bi * BLOCK + i) * at_position(phi_k, b, h, feature, bj * BLOCK + j),
-            axis=feature,
-        ),
-        "scores",
-    )
-    weighted = cx.compute(
-        tiles,
-        lambda b, h, bi, bj, i, j: scores[b, h, bi, bj, i, j] * table[h, padded + (bj * BLOCK + j) - (bi * BLOCK + i)],
-        "weighted",
-    )
-    block = te.reduce_axis((cx.int64(0), columns), "block")
-    part = te.reduce_axis((cx.int64(0), cx.int64(BLOCK // lanes)), "part")
-    row_sums = cx.compute(
-        (sizes.batch, sizes.heads, rows, BLOCK, lanes),
-        lambda b, h, bi, i, lane: te.sum(weighted[b, h, bi, block, i, part * lanes + lane], axis=[block, part]),
-        "row_sums",
-    )
-    lane_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "lane")
-    denominator = cx.compute(
-        (sizes.batch, sizes.heads, rows, BLOCK),
-        lambda b, h, bi, i: te.sum(row_sums[b, h, bi, i, lane_axis], axis=lane_axis),
-        "denominator",
-    )
-    return [phi_q, phi_k, sizes.n_query, sizes.n_key, table, denominator]

@@ -35,7 +35,7 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     -------
     list of te.Tensor
         phi `[2, B, H, m, blocks, 64]` of queries and keys (zero past the length), value `[B, H, n_k, d]`,
-        grad `[B, H, n_q, d]`, w `[B, H, n_q]`, denominator `[B, H, ceil(n_q / 64), 64]` (a row where it is 0 passes no
+        grad `[B, H, n_q, d]`, w and denominator `[B, H, ceil(n_q / 64), 64]` (a row where it is 0 passes no
         gradient), table `[H, 2 * 64 * blocks]` (entry `64 * blocks + j - i`);
         grad_bias `[B, H, 2 * 64 * blocks / lanes, lanes]` in the order of the table, grad_value `[B, H, n_k, d]` and
         grad_phi `[2, B, H, m, blocks, 64]`.
@@ -48,9 +48,8 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     phi = te.placeholder(features, cx.FLOAT, "phi")
     value = te.placeholder((batch, heads, n_key, cx.int64(d)), cx.FLOAT, "value")
     grad = te.placeholder((batch, heads, n_query, cx.int64(d)), cx.FLOAT, "grad")
-    weight = te.placeholder((batch, heads, n_query), cx.FLOAT, "w")
-    rows = (n_query + BLOCK - 1) // BLOCK
-    denominator = te.placeholder((batch, heads, rows, cx.int64(BLOCK)), cx.FLOAT, "denominator")
+    rows = (batch, heads, (n_query + BLOCK - 1) // BLOCK, cx.int64(BLOCK))
+    weight, denominator = (te.placeholder(rows, cx.FLOAT, name) for name in ("w", "denominator"))
     table = te.placeholder((heads, 2 * padded), cx.FLOAT, "table")
     blocks_q = (n_query + tile_q - 1) // tile_q
     blocks_k = (n_key + config.tile[1] - 1) // config.tile[1]  # of each part
@@ -73,9 +72,12 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     def query_at(position: Expr) -> Expr:
         return tirx.min(position, n_query - 1)
 
-    def inverse(b: Expr, h: Expr, position: Expr) -> Expr:
+    def of_row(numbers: te.Tensor, b: Expr, h: Expr, position: Expr) -> Expr:
         at = query_at(position)
-        found = denominator[b, h, at // BLOCK, at % BLOCK]
+        return numbers[b, h, at // BLOCK, at % BLOCK]
+
+    def inverse(b: Expr, h: Expr, position: Expr) -> Expr:
+        found = of_row(denominator, b, h, position)
         return tirx.Select(found == 0, cx.real(0.0), cx.real(1.0) / found)
 
     def grad_element(b: Expr, h: Expr, bi: Expr, i: Expr, channel: Expr) -> Expr:
@@ -128,7 +130,7 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     )
     centred = cx.compute(
         (*tiles, tile_q, tile_k),
-        lambda b, h, p, bj, bi, i, j: pulls[b, h, p, bj, bi, i, j] + weight[b, h, query_at(row(bi, i))],
+        lambda b, h, p, bj, bi, i, j: pulls[b, h, p, bj, bi, i, j] + of_row(weight, b, h, row(bi, i)),
         "centred",
     )
     grad_scores = cx.compute(
@@ -146,10 +148,10 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         return tirx.if_then_else(tirx.all(vector >= 1, vector <= across), weighted[at] * centred[at], cx.real(0.0))
 
     bias_terms = cx.compute((*tiles, chunks, lanes, tile_k + 2 * lanes), bias_term, "bias_terms")
-    of_row = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "row")
+    row_axis = te.reduce_axis((cx.int64(0), cx.int64(lanes)), "row")
 
     def diagonal(b: Expr, h: Expr, p: Expr, bj: Expr, bi: Expr, ic: Expr, vector: Expr, lane: Expr) -> Expr:
-        return te.sum(bias_terms[b, h, p, bj, bi, ic, of_row, vector * lanes + lane + of_row], axis=of_row)
+        return te.sum(bias_terms[b, h, p, bj, bi, ic, row_axis, vector * lanes + lane + row_axis], axis=row_axis)
 
     chunk_diagonals = cx.compute((*tiles, chunks, across + 1, lanes), diagonal, "chunk_diagonals")
 

@@ -23,6 +23,7 @@ from rpe_tvm.plan.split import split_of
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.complex import Expr
+from rpe_tvm.te.lane_sums import sums_over_lanes
 from rpe_tvm.te.lanes import channel, existing, lane_groups, place, twist, untwisted_sum
 from rpe_tvm.te.shapes import Sizes, feature_rows
 from rpe_tvm.te.toeplitz import at_frequency, transform, transform_back
@@ -55,22 +56,6 @@ def products_of_sides(
         return cx.mul(at_frequency(config, rows, at, k1, k2, lane), factor)
 
     return transform_back("pair", config, tuple(rows.shape[:rank]), tables, weighted)
-
-
-def _folded(wide: te.Tensor, name: str, lanes: int) -> te.Tensor:
-    """Return the two sums over all even and all odd lanes, made half by half; blocks are `<name><lanes>`.
-
-    In registers: a reduction over lanes would read them back from memory one by one.
-    """
-    while lanes > 2:
-        lanes //= 2
-
-        def fold(*at: Expr, wide: te.Tensor = wide, lanes: int = lanes) -> Expr:
-            *where, lane = at
-            return wide[(*where, lane)] + wide[(*where, lane + lanes)]
-
-        wide = cx.compute((*wide.shape[:-1], lanes), fold, f"{name}{lanes}")
-    return wide
 
 
 def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -138,15 +123,13 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         other = cx.load_lanes(packed, (b, h, t, g, p, 1 - side, n2, q, s), lane)
         return product[0] * other[0] + product[1] * other[1]
 
-    dots = cx.compute((*lead, *points, lanes), dot, "dots")
-    dots = _folded(dots, "dots", lanes)
+    dots = sums_over_lanes("dots", cx.compute((*lead, *points, lanes), dot, "dots"))
     group, parity, feature = (
         te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in ((groups, "g"), (2, "p"), (m, "f"))
     )
 
     def dot_of(b: Expr, h: Expr, t: Expr, side: Expr, f: Expr, n2: Expr, q: Expr, s: Expr) -> Expr:
-        at = (b, h, t, group, parity, f, side, n2, q, s)
-        return te.sum(dots[(*at, 0)] + dots[(*at, 1)], axis=[group, parity])
+        return te.sum(dots(b, h, t, group, parity, f, side, n2, q, s), axis=[group, parity])
 
     grad_phi = cx.compute((batch, heads, parts, 2, m, *points), dot_of, "grad_phi")
 
@@ -174,17 +157,17 @@ def fft_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     frequencies = (split.n1, split.n2 // radix, radix, 2)
 
     def multiply(
-        b: Expr, h: Expr, t: Expr, g: Expr, p: Expr, f: Expr, k1: Expr, block: Expr, k: Expr, c: Expr, lane: Expr
+        b: Expr, h: Expr, t: Expr, g: Expr, p: Expr, f: Expr, k1: Expr, block: Expr, k: Expr, lane: Expr
     ) -> Expr:
         at = (b, h, t, g, p, f)
-        first, second = (cx.load_lanes(rows, (*at, side, k1, block, 0, k), lane) for side in (0, 1))
-        return cx.part(c, cx.mul_conj(first, second))
+        first, second = (cx.load_lanes(rows, (*at, side, k1, block, 0, k // 2), lane) for side in (0, 1))
+        return cx.part(k % 2, cx.mul_conj(first, second))
 
-    crossed = _folded(cx.compute((*lead[:-1], *frequencies, lanes), multiply, "crossed"), "crossed", lanes)
+    parts_of = (split.n1, split.n2 // radix, 2 * radix)  # real and imaginary parts in turns
+    crossed = sums_over_lanes("crossed", cx.compute((*lead[:-1], *parts_of, lanes), multiply, "crossed"))
 
     def correlate(b: Expr, h: Expr, t: Expr, p: Expr, k1: Expr, block: Expr, k: Expr, c: Expr) -> Expr:
-        at = (b, h, t, group2, p, feature2, k1, block, k, c)
-        return te.sum(crossed[(*at, 0)] + crossed[(*at, 1)], axis=[group2, feature2])
+        return te.sum(crossed(b, h, t, group2, p, feature2, k1, block, 2 * k + c), axis=[group2, feature2])
 
     correlation = cx.compute((batch, heads, parts, 2, *frequencies), correlate, "correlation")
     return [phi, value, grad_out, inverse, spectrum, tables.tensor, grad_phi, correlation, grad_value]

@@ -68,14 +68,13 @@ def _by_tiles(
     n_k = value.shape[2]
     table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias, n_q, n_k, int(is_causal), instance.tables, table)
-    denominator = scratch_tensor("denominators", (batch, heads, -(-n_q // BLOCK), BLOCK))
-    functions["denominator"](phi[0], phi[1], n_q, n_k, table, denominator)
-    weight = torch.mul(grad_out, out, out=scratch_tensor("products", out.shape)).sum(-1).neg_()
+    grad, out = last_axis_contiguous(grad_out), last_axis_contiguous(out)
+    denominator, weight = scratch_tensor("row weights", (2, batch, heads, -(-n_q // BLOCK), BLOCK))
+    functions["row_weights"](phi[0], phi[1], n_q, n_k, table, grad, out, denominator, weight)
     middle = table.shape[1] // 2
     grad_bias = scratch_tensor("grad_bias", (batch, heads, table.shape[1] // config.lanes, config.lanes))
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     grad_phi = scratch_tensor("total", phi.shape)
-    grad = last_axis_contiguous(grad_out)
     functions["backward"](phi, value, grad, weight, denominator, table, grad_bias, grad_value, grad_phi)
     by_offset = grad_bias.sum(0).flatten(1)[:, middle - (n_q - 1) : middle + n_k]
     return Gradients(grad_phi, grad_value, by_offset.contiguous())

@@ -14,13 +14,14 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from rpe_tvm.build import link
+from rpe_tvm.build.shared_arrays import share_arrays
 
 BUILD_TIMEOUT = 180.0
 
 
 def build_function(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     """Compile a scheduled module; workers call it by reference."""
-    return tvm.tirx.build(mod, target=target)
+    return tvm.tirx.build(tvm.IRModule({"main": share_arrays(mod["main"])}), target=target)
 
 
 def export_function(module: Any, machine: str = "") -> str:

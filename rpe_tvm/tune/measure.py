@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROUNDS = 5
+# of a board, over RPC; on this machine turns are shorter, so that slow spells of it meet every library
+ROUNDS, TURNS = 5, 10
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What came of one library: seconds of a call (one per round), its error, or why there is none."""
+    """What came of one library: seconds of a call (one per turn), its error, or why there is none."""
 
     seconds: tuple[float, ...]
     error: float
@@ -30,7 +31,7 @@ class Timing:
 
     @property
     def best(self) -> float:
-        """The smallest time of a round: noise only adds."""
+        """The smallest time of a turn: noise only adds."""
         return min(self.seconds)
 
 
@@ -103,7 +104,7 @@ def _main(job: dict[str, Any]) -> list[dict[str, Any]]:
         error, failure = case.check(outputs)
         calls.append(call)
         answers.append({"seconds": [], "error": error, "failure": failure})
-    for _ in range(ROUNDS):
+    for _ in range(TURNS if job["seconds"] else 1):
         for timed, answer in zip(calls, answers, strict=True):
             if answer["failure"]:
                 continue
@@ -113,7 +114,7 @@ def _main(job: dict[str, Any]) -> list[dict[str, Any]]:
                 timed()
                 now = time.perf_counter()
                 best = min(best, now - before)
-                if now - start > job["seconds"] / ROUNDS:
+                if now - start > job["seconds"] / TURNS:
                     break
             answer["seconds"].append(best)
     return answers

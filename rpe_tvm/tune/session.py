@@ -22,7 +22,7 @@ from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.targets import TargetSpec, to_tvm
 from rpe_tvm.tune import inputs, store
 from rpe_tvm.tune.builder import build_schedules
-from rpe_tvm.tune.candidates import candidates, rule
+from rpe_tvm.tune.candidates import candidates, is_tuned, rule
 from rpe_tvm.tune.measure import Contestant, Timing
 from rpe_tvm.tune.place import Place, ThisMachine
 from rpe_tvm.tune.runner import Settings
@@ -82,8 +82,9 @@ class Run:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """All (bucket length, features), short ones first."""
-        return [(n, m) for n in sorted({bucket_length(n) for n in self.lengths}) for m in self.features]
+        """All (bucket length, features) that are tuned, short ones first."""
+        pairs = [(n, m) for n in sorted({bucket_length(n) for n in self.lengths}) for m in self.features]
+        return [(n, m) for n, m in pairs if is_tuned(self.op, n, m, self.head_dim)]
 
 
 def tvm_target(run: Run) -> tvm.target.Target:
@@ -97,10 +98,16 @@ def tune(run: Run, *, resume: bool) -> None:
     Raises
     ------
     TuningError
-        If the work directory holds another run's results and `resume` is not set, or another device's; if the logs are
-        no place for what this device measures; if a pair has no valid candidate, or there is no place left to run them.
+        If no length is tuned; if the work directory holds another run's results and `resume` is not set, or another
+        device's; if the logs are no place for what this device measures; if a pair has no valid candidate, or there is
+        no place left to run them.
     """
     store.check(run.log, run.place.device)
+    if not run.pairs:
+        raise TuningError(
+            f"Expected lengths whose {run.op} runs by FFT, got {', '.join(map(str, run.lengths))}: so short ones run "
+            "by tiles, which are not tuned. Give longer --lengths."
+        )
     directory = run.work_dir / run.target.id / run.op
     if directory.exists() and not resume:
         raise TuningError(

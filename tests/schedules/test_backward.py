@@ -10,10 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tvm.s_tir import Schedule
 
 from rpe_tvm import build, runtime, targets
+from rpe_tvm.build.shared_arrays import share_arrays
+from rpe_tvm.build.workloads import function_of
 from rpe_tvm.plan.backward import BackwardConfig, direct_config, fft_config
 from rpe_tvm.plan.twiddles import feature_positions
+from rpe_tvm.schedules.of_machine import schedules_of
+from rpe_tvm.te import shapes
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from gradient_check import check_gradients  # noqa: E402
@@ -119,3 +124,12 @@ def test_sixteen_lanes_and_two_parts():
     config = BackwardConfig(3, 64, 64, "fft", (8,), (8,), lanes=16)
     assert config.parts == 2
     check(config, HERE, 50, 64, is_causal=True)
+
+
+def test_forward_and_inverse_rows_share_an_array():
+    config = by_fft(3, 16, (4,), (4, 4), 8)
+    sch = Schedule(function_of(config, shapes.symbolic()))
+    schedules_of(HERE.machine).default(sch, config)
+    before, after = sch.mod["main"].script(), share_arrays(sch.mod["main"]).script()
+    assert "pair_back_rows1[" in before and "pair_back_rows1[" not in after
+    assert before.count("sblock_alloc_buffer") == after.count("sblock_alloc_buffer") + 1

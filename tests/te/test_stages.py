@@ -1,4 +1,4 @@
-"""DFT stages and exp, compiled without any schedule, against NumPy."""
+"""DFT stages, sums over lanes and exp, compiled without any schedule, against NumPy."""
 
 import math
 
@@ -12,6 +12,7 @@ from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te import dft
 from rpe_tvm.te.elementary import exp
+from rpe_tvm.te.lane_sums import step_names, summed_at_once, sums_over_lanes
 
 pytestmark = pytest.mark.compile
 
@@ -76,3 +77,14 @@ def test_exp_is_right_to_two_units_in_the_last_place_and_keeps_what_is_not_finit
     expected = np.exp(x.astype("f8"))
     assert (np.abs(got[: len(x)] - expected) / np.spacing(expected.astype("f4"))).max() <= 2
     np.testing.assert_array_equal(got[len(x) :], np.array([np.nan, np.inf, 0.0, np.inf, 0.0, 1.0], "f4"))
+
+
+@pytest.mark.parametrize(("vectors", "lanes"), [(8, 8), (16, 4), (8, 16), (5, 8), (6, 4), (1, 2)])
+def test_sums_over_lanes(vectors, lanes):
+    wide = te.placeholder(tuple(map(cx.int64, (3, vectors, lanes))), cx.FLOAT, "wide")
+    sums = sums_over_lanes("step", wide)
+    data = np.random.default_rng(0).integers(-99, 99, (3, vectors, lanes)).astype("f4")
+    tensors = [wide, cx.compute((3, vectors), sums, "sums")]
+    np.testing.assert_array_equal(run(tensors, data, np.zeros((3, vectors), "f4")), data.sum(-1))
+    assert len(step_names("step", lanes)) == math.log2(lanes)
+    assert vectors % summed_at_once(vectors, lanes) == 0

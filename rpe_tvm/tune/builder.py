@@ -14,13 +14,14 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from rpe_tvm.build import link
+from rpe_tvm.build.registers import compile_for
 
 BUILD_TIMEOUT = 180.0
 
 
 def build_function(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     """Compile a scheduled module; workers call it by reference."""
-    return tvm.tirx.build(mod, target=target)
+    return compile_for(mod, target)
 
 
 def export_function(module: Any, machine: str = "") -> str:

@@ -142,7 +142,7 @@ def _info(args: argparse.Namespace) -> int:
     try:
         from rpe_tvm import build, targets
         from rpe_tvm.build import cache, link, nvcc
-        from rpe_tvm.plan import backward, wisdom
+        from rpe_tvm.plan import backward, static_rates, wisdom
     except RpeTvmError as error:
         # Without TVM, or with a version that does not work, compiled libraries still run.
         print(f"\nNothing can be compiled here: {error}")
@@ -170,7 +170,13 @@ def _info(args: argparse.Namespace) -> int:
             f"(default schedule: {record.default_ms:.2f} ms)"
         )
     if not records:
-        print("  Default schedules are used. To tune for this CPU: python scripts/tune_x86.py")
+        counted = static_rates.rates(target.id) is not None
+        print(
+            f"  {'Static choices and default' if counted else 'Default'} schedules are used. To tune for this CPU: "
+            f"python scripts/tune_{'arm' if counted else 'x86'}.py"
+        )
+    show("static choices", "by cycles counted in compiled code, not measured, for")
+    print(f"  {' '.join(static_rates.targets())}")
     return 0
 
 

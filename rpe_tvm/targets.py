@@ -70,10 +70,6 @@ _UNCHECKABLE = frozenset(
     ("avx10.1", "avx10.2", "ccmp", "cf", "egpr", "ndd", "nf", "ppx", "push2pop2", "zu"),
 )
 
-# By default LLVM gives up on removing repeated loads in functions as large as ours: butterflies of radix 8
-# then run at half the speed (measured).
-_LLVM_OPTIONS = ("-memdep-block-scan-limit:int=4000", "-earlycse-mssa-optimization-cap:int=4000")
-
 # What a CPU falls back to whose vector registers are narrower than its name promises (a hypervisor can hide
 # AVX-512).
 _AVX2_CPU = "haswell"
@@ -187,7 +183,7 @@ def _needed_flags(mcpu: str) -> frozenset[str]:
 def _target(mcpu: str, mattr: tuple[str, ...] = ()) -> Target:
     from tvm.target import Target
 
-    config: dict[str, Any] = {"kind": "llvm", "mcpu": mcpu, "cl-opt": list(_LLVM_OPTIONS)}
+    config: dict[str, Any] = {"kind": "llvm", "mcpu": mcpu, "cl-opt": list(llvm.OPTIONS)}
     if mattr:
         config["mattr"] = list(mattr)
     return Target(config)

@@ -2,48 +2,48 @@
 
 python scripts/static_cost.py --target cortex-a72 --lengths 512,2048
 python scripts/static_cost.py --target cpu --lengths 1024 --measure     # and how it agrees with times, on this machine
+python scripts/static_cost.py --write               # the tables of all ARM targets, tuning_logs/<target>/static.json
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import tvm
 from tvm.s_tir import Schedule
 
-from rpe_tvm import targets
+from rpe_tvm import arm_targets, targets
 from rpe_tvm.build.workloads import TUNING_HEADS, tuning_workload
 from rpe_tvm.errors import TuningError
-from rpe_tvm.plan import wisdom
+from rpe_tvm.files import write_json
+from rpe_tvm.plan import static_rates
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules.cpu import Choices
 from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.targets import TargetSpec, to_tvm
 from rpe_tvm.tune import inputs, static_cost
-from rpe_tvm.tune.assembly import assembly_of, innermost_loops
 from rpe_tvm.tune.builder import build_schedules
 from rpe_tvm.tune.measure import Contestant, measure
-
-# Of tiles: rows and vectors of the output that are summed in registers.
-REGISTER_BLOCKS = ((1, 1), (2, 2), (4, 1), (4, 4), (8, 2))
+from rpe_tvm.tune.static_table import candidates, describe, loops_of, table
 
 
 def main() -> None:
     """Print the candidates of each length, the cheapest first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="cortex-a72", help="as of python -m rpe_tvm compile (default: %(default)s)")
+    parser.add_argument("--target", help="as of python -m rpe_tvm compile (default: cortex-a72; all with --write)")
     parser.add_argument("--lengths", default="512,2048", help="default: %(default)s")
     parser.add_argument("--features", type=int, default=32)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--measure", action="store_true", help="time the candidates, too; the target must be this CPU")
+    parser.add_argument("--write", action="store_true", help="write the table that the plan reads; takes minutes")
     args = parser.parse_args()
-    target = targets.preset(args.target)
+    if args.write:
+        write([args.target] if args.target else sorted(arm_targets.PRESETS))
+        return
+    target = targets.preset(args.target or "cortex-a72")
     if not isinstance(target, TargetSpec):
         parser.error(f"argument --target: expected a CPU, got {args.target}")
     if args.measure and target != targets.detect():
@@ -52,13 +52,13 @@ def main() -> None:
         length = bucket_length(n)
         found = []
         for config, choices in candidates(target, length, args.features, args.head_dim):
-            sch = Schedule(tuning_workload(config))
-            schedules_of(target.machine).schedule(sch, config, choices)
-            function = sch.mod["main"].with_attr("global_symbol", "attention")
             label = describe(config, choices)
             try:
-                loops = innermost_loops(assembly_of(function, target))
-                found.append((static_cost.cost(config, loops, static_cost.core_of(target.mcpu)), label, config, sch))
+                loops = loops_of(config, choices, target)
+                cost = static_cost.cost(config, loops, static_cost.core_of(target.mcpu))
+                sch = Schedule(tuning_workload(config))
+                schedules_of(target.machine).schedule(sch, config, choices)
+                found.append((cost, label, config, sch))
             except TuningError as error:
                 print(f"  {label}: left out. {error}")
         found.sort(key=lambda entry: entry[0])
@@ -70,26 +70,12 @@ def main() -> None:
             print(f"  rank correlation {rank_correlation([cost for cost, *_ in found], times):.2f}")
 
 
-def candidates(
-    target: TargetSpec, length: int, num_features: int, head_dim: int
-) -> Iterator[tuple[AttentionConfig, Choices]]:
-    """Yield tiles with several register blocks, and FFTs with several factorisations."""
-    schedules = schedules_of(target.machine)
-    direct = wisdom.direct_config(num_features, head_dim, length, target.lanes)
-    for rows, vectors in REGISTER_BLOCKS:
-        if (head_dim // target.lanes) % vectors == 0:
-            yield direct, replace(schedules.default_choices(direct), row_block=rows, vectors=vectors)
-    for largest in (8, 5):
-        for lanes in sorted({target.lanes, 8}):
-            config = wisdom.fft_config(num_features, head_dim, length, lanes, largest)
-            yield config, schedules.default_choices(config)
-
-
-def describe(config: AttentionConfig, choices: Choices) -> str:
-    """Return a short name of a candidate."""
-    if config.algorithm == "fft":
-        return f"{config.description}, {config.lanes} lanes"
-    return f"{config.description}, {choices.row_block} rows of {choices.vectors} vectors"
+def write(names: list[str]) -> None:
+    """Write the tables of targets; two names of one CPU share one."""
+    for target in {targets.preset(name).id: targets.preset(name) for name in names}.values():
+        path = static_rates.path_of(target.id)
+        write_json(path, table(target))
+        print(f"wrote {path}", flush=True)
 
 
 def timed(target: TargetSpec, entrants: list[tuple[AttentionConfig, Schedule]]) -> list[float]:

@@ -50,6 +50,7 @@ def test_info(cache_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert lines["target"].startswith("x86_64-") and lines["target"].endswith("float32 lanes")
     assert lines["cache"] == f"{cache_dir} (0 libraries, 0 B)"
     assert lines["Default"].endswith("python scripts/tune_x86.py")
+    assert "not measured" in lines["static"] and "aarch64-cortex-a72 " in lines["aarch64-cortex-a53"]
 
 
 def test_info_lists_records(

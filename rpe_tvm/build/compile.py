@@ -114,6 +114,8 @@ def compile_module(
     threads
         As of `compile_operator`.
     """
+    from rpe_tvm.build import registers  # imports tvm
+
     tvm_target = to_tvm(target)
     functions = _function_names(mod)
     file = rocm.LIBRARY if target.kind == "rocm" else manifest.LIBRARY
@@ -121,6 +123,7 @@ def compile_module(
         {
             "tir": mod.script(show_meta=True),
             "target": str(tvm_target),
+            "pipeline": registers.pipeline_of(tvm_target),
             "versions": manifest.versions(),
             "link": _builder(target).fingerprint(target)
             if isinstance(target, GpuTargetSpec)
@@ -238,10 +241,10 @@ def _function_names(mod: tvm.IRModule) -> list[str]:
 
 
 def _compile(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> Any:
-    import tvm
+    from rpe_tvm.build import registers  # imports tvm
 
     try:
-        compiled = tvm.compile(mod, target).mod
+        compiled = registers.compile_for(mod, target)
     except Exception as error:  # TVM raises whatever class its C++ code named
         raise BuildError(f"TVM could not compile {name} for {target}: {error}") from error
     if compiled.imports:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-from rpe_tvm.plan import wisdom
+from rpe_tvm.plan import static_rates, wisdom
 from rpe_tvm.plan.buckets import bucket_length, neighbours
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.twiddles import BLOCK
@@ -48,29 +48,37 @@ class BackwardConfig(AttentionConfig):
         return 2 if groups % 2 == 0 else 1
 
 
-# Time of log2(n) m d butterflies for a position by FFT, in multiplications of tiles: measured on znver4.
-_FFT_COST = 43.0
+# Time of log2(n) m d butterflies for a position by FFT, in multiplications of tiles: measured on znver4. With the rates
+# of the forward pass there it is 3.4 of its passes by FFT.
+_FFT_COST, _FORWARD_PASSES = 43.0, 3.4
 # Short sequences are always computed by tiles, row by row: small denominators keep their digits.
 _SHORTEST_FFT, _LONGEST_DIRECT = 256, 4096
 
 
-def longest_direct(num_features: int, head_dim: int) -> int:
-    """Return the longest bucket whose gradients are faster by tiles than by FFT, from operation counts."""
-    pair, position = 2 * (4 * num_features + 2 * head_dim), _FFT_COST * num_features * head_dim
+def longest_direct(target_id: str, num_features: int, head_dim: int, lanes: int) -> int:
+    """Return the longest bucket whose gradients are faster by tiles than by FFT, as of `wisdom.rule`."""
+    pair = 4 * num_features + 2 * head_dim
+    rates = static_rates.rates(target_id)
+
+    def is_direct(n: int) -> bool:
+        if rates is None:
+            return 2 * n * pair <= _FFT_COST * num_features * head_dim * math.log2(n)
+        fft = _FORWARD_PASSES * rates.fft(rates.best_halves(n), num_features, head_dim, lanes)
+        return n**2 * pair * (rates.score + rates.value) / 2 / lanes <= fft
+
     lengths = neighbours(_SHORTEST_FFT, _LONGEST_DIRECT)
-    return max(n for n in lengths if n == _SHORTEST_FFT or n * pair <= position * math.log2(n))
+    return max(n for n in lengths if n == _SHORTEST_FFT or is_direct(n))
 
 
-def direct_config(num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
+def direct_config(target_id: str, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
     """Return the config of the gradients by tiles, one for all lengths: nothing that is compiled depends on them."""
-    length = longest_direct(num_features, head_dim)
+    length = longest_direct(target_id, num_features, head_dim, lanes)
     return BackwardConfig(num_features, head_dim, length, "direct", tile=(64, 128), lanes=lanes)
 
 
 def fft_rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
-    """Return the config of the gradients of a bucket by FFT from operation counts alone; arguments as of `choose`."""
-    lanes, largest = wisdom.fft_lanes(target_id, lanes), wisdom.largest_radix(target_id)
-    fft = wisdom.fft_config(num_features, head_dim, length, lanes, largest)
+    """Return the config of the gradients of a bucket by FFT where nothing was measured; arguments as of `choose`."""
+    fft = wisdom.fft_config(target_id, num_features, head_dim, length, wisdom.fft_lanes(target_id, lanes))
     return BackwardConfig(num_features, head_dim, fft.length, "fft", fft.outer, fft.inner, lanes=fft.lanes)
 
 
@@ -86,6 +94,7 @@ def fft_config(target_id: str, n: int, num_features: int, head_dim: int, lanes: 
 
 def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
     """Return the config of the gradients for up to `n` positions; arguments as of `wisdom.choose`."""
-    if n <= longest_direct(num_features, head_dim):
-        return direct_config(num_features, head_dim, lanes)
+    direct = direct_config(target_id, num_features, head_dim, lanes)
+    if n <= direct.length:
+        return direct
     return fft_config(target_id, n, num_features, head_dim, lanes)

@@ -74,6 +74,5 @@ def choose(target_id: str, n: int, head_dim: int, lanes: int) -> ToeplitzConfig:
     lanes : int
         Float32 lanes of the target's vectors.
     """
-    lanes, largest = wisdom.fft_lanes(target_id, lanes), wisdom.largest_radix(target_id)
-    fft = wisdom.fft_config(1, head_dim, bucket_length(n), lanes, largest)
+    fft = wisdom.fft_config(target_id, 1, head_dim, bucket_length(n), wisdom.fft_lanes(target_id, lanes))
     return ToeplitzConfig(head_dim, fft.length, fft.outer, fft.inner, fft.lanes)

@@ -1,4 +1,4 @@
-"""Which algorithm and factorisation at which length: measured tables, and a rule where nothing was measured."""
+"""Which algorithm and factorisation at which length: measured, else by counted cycles (ARM) or operations (x86)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rpe_tvm.errors import TuningError
+from rpe_tvm.plan import static_rates
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.config import RADICES, AttentionConfig
 
@@ -18,8 +19,8 @@ LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
 # Key in the manifest of logs that were measured on an emulated board.
 EMULATED = "emulated"
 
-# Sustained GFLOP/s of one thread, for the rule: direct runs near the peak of the multipliers, butterflies have
-# more additions and memory traffic (measured on znver4; their ratio is what counts).
+# Sustained GFLOP/s of one thread, for targets without counted cycles: direct runs near the peak of the multipliers,
+# butterflies have more additions and memory traffic (measured on znver4; their ratio is what counts).
 _DIRECT_RATE, _FFT_RATE = 95.0, 75.0
 
 
@@ -128,11 +129,10 @@ def fft_lanes(target_id: str, lanes: int) -> int:
     return 8 if target_id.endswith("znver4") else lanes
 
 
-def fft_config(
-    num_features: int, head_dim: int, length: int, lanes: int, largest: int = max(RADICES)
-) -> AttentionConfig:
-    """Return the default config of the fft algorithm, with radices up to `largest`."""
-    outer, inner = factorisations(length, 1, largest)[0]
+def fft_config(target_id: str, num_features: int, head_dim: int, length: int, lanes: int) -> AttentionConfig:
+    """Return the default config of the fft algorithm: the fewest cycles of a target whose code was counted."""
+    rates = static_rates.rates(target_id)
+    outer, inner = rates.best_halves(length) if rates else factorisations(length, 1, largest_radix(target_id))[0]
     # fewer lanes where more would be filled up with zeros
     while lanes > 4 and -(-head_dim // lanes) * lanes < -(-head_dim // (2 * lanes)) * 2 * lanes:
         lanes //= 2
@@ -140,12 +140,16 @@ def fft_config(
 
 
 def rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> AttentionConfig:
-    """Return a config from operation counts alone."""
-    direct = 2 * length**2 * (num_features + head_dim) / _DIRECT_RATE
-    fft = 10 * length * math.log2(length) * num_features * head_dim / _FFT_RATE
-    if direct <= fft:
-        return direct_config(num_features, head_dim, length, lanes)
-    return fft_config(num_features, head_dim, length, fft_lanes(target_id, lanes), largest_radix(target_id))
+    """Return a config from cycles counted in compiled code, or from operation counts where there are none."""
+    found = fft_config(target_id, num_features, head_dim, length, fft_lanes(target_id, lanes))
+    rates = static_rates.rates(target_id)
+    if rates:
+        direct = rates.direct(length, num_features, head_dim, lanes)
+        fft = rates.fft((found.outer, found.inner), num_features, head_dim, lanes)
+    else:
+        direct = 2 * length**2 * (num_features + head_dim) / _DIRECT_RATE
+        fft = 10 * length * math.log2(length) * num_features * head_dim / _FFT_RATE
+    return direct_config(num_features, head_dim, length, lanes) if direct <= fft else found
 
 
 def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int) -> AttentionConfig:
@@ -177,6 +181,4 @@ def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int)
         return nearest
     if nearest.algorithm == "direct":
         return replace(nearest, length=length)
-    return replace(
-        fft_config(num_features, head_dim, length, nearest.lanes, largest_radix(target_id)), lanes=nearest.lanes
-    )
+    return replace(fft_config(target_id, num_features, head_dim, length, nearest.lanes), lanes=nearest.lanes)

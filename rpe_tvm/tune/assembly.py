@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import tvm
 
+from rpe_tvm.build.registers import compile_for
 from rpe_tvm.targets import TargetSpec, to_tvm
 
 _LABEL = re.compile(r"([.\w$]+):")
@@ -41,7 +42,7 @@ class Loop:
 def assembly_of(function: tvm.tirx.PrimFunc, target: TargetSpec) -> str:
     """Return what a scheduled function is compiled to."""
     name = str(function.attrs["global_symbol"])
-    text: str = tvm.compile(tvm.IRModule({name: function}), to_tvm(target)).mod.inspect_source("asm")
+    text: str = compile_for(tvm.IRModule({name: function}), to_tvm(target)).inspect_source("asm")
     return text
 
 

@@ -14,6 +14,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from rpe_tvm.build import link
+from rpe_tvm.build.registers import compile_for
 from rpe_tvm.build.shared_arrays import share_arrays
 
 BUILD_TIMEOUT = 180.0
@@ -21,7 +22,7 @@ BUILD_TIMEOUT = 180.0
 
 def build_function(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     """Compile a scheduled module; workers call it by reference."""
-    return tvm.tirx.build(tvm.IRModule({"main": share_arrays(mod["main"])}), target=target)
+    return compile_for(tvm.IRModule({"main": share_arrays(mod["main"])}), target)
 
 
 def export_function(module: Any, machine: str = "") -> str:

@@ -66,4 +66,4 @@ def test_radices_fit_the_registers_of_32_bit_arm():
             wisdom.rule(target, bucket_length(n), 1, 64, 4) for target in ("armv7-cortex-a7", "aarch64-any")
         )
         assert max(small.outer + small.inner) <= 5 and max(large.outer + large.inner) == 8
-    assert wisdom.fft_config(32, 64, 2048, 4, 5).description == "fft 4.4.2x4.4.4"
+    assert wisdom.factorisations(2048, 1, 5) == [((4, 4, 2), (4, 4, 4))]

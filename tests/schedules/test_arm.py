@@ -79,7 +79,7 @@ def test_gradients(functions: Any, target: str, algorithm: str) -> None:
     from gradient_check import check_gradients
 
     if algorithm == "direct":
-        config = backward.direct_config(5, 7, 4)
+        config = backward.direct_config(targets.preset(target).id, 5, 7, 4)
     else:
         config = backward.BackwardConfig(5, 7, 16, "fft", (4,), (4,), lanes=4)
     check_gradients(Instance.of(config, functions(config, target)), 15, 16, is_causal=True)

@@ -47,7 +47,7 @@ FFT = [
 ]
 TILES = [
     (AVX2, by_tiles(5, 7, (64, 128))),  # fewer features and channels than lanes
-    (HERE, direct_config(24, 80, HERE.lanes)),
+    (HERE, direct_config(HERE.id, 24, 80, HERE.lanes)),
     (HERE, by_tiles(33, 20, (32, 64))),
 ]
 

@@ -46,7 +46,8 @@ def test_direct(target, m, d):
 )
 def test_fft(target, m, d, outer, inner):
     length = int(np.prod(outer) * np.prod(inner))
-    config = AttentionConfig(m, d, length, "fft", outer, inner, lanes=wisdom.fft_config(m, d, length, 8).lanes)
+    lanes = wisdom.fft_config(target.id, m, d, length, 8).lanes
+    config = AttentionConfig(m, d, length, "fft", outer, inner, lanes=lanes)
     check(config, target, length - 1, length // 2)
 
 

@@ -196,13 +196,15 @@ def _compile(args: argparse.Namespace) -> int:
     from rpe_tvm import build, targets
     from rpe_tvm.build import manifest
     from rpe_tvm.gpu_targets import GpuTargetSpec
-    from rpe_tvm.plan import backward, gpu_backward_choice, gpu_choice, toeplitz, wisdom
+    from rpe_tvm.plan import backward, gpu_backward_choice, gpu_choice, gpu_toeplitz, toeplitz, wisdom
 
     target = targets.preset(args.target)
 
     def choose(n: int) -> Any:
         if isinstance(target, GpuTargetSpec):
             try:
+                if args.op == "toeplitz":
+                    return gpu_toeplitz.choose(n, args.head_dim, target.shared_bytes)
                 if args.op == "backward":
                     return gpu_backward_choice.choose(n, args.features, args.head_dim, args.dtype, target.shared_bytes)
                 return gpu_choice.choose(n, args.features, args.head_dim, args.dtype, target.id)
@@ -214,10 +216,8 @@ def _compile(args: argparse.Namespace) -> int:
             return backward.choose(target.id, n, args.features, args.head_dim, target.lanes)
         return wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes)
 
-    if isinstance(target, GpuTargetSpec) and args.op == "toeplitz":
-        args.error(
-            f"argument --target: expected a CPU for --op {args.op}, which GPUs do not have yet, got {args.target}"
-        )
+    if args.dtype != "float32" and args.op == "toeplitz":
+        args.error(f"argument --dtype: expected float32 for --op toeplitz, which computes in that, got {args.dtype}")
     if args.dtype != "float32" and not isinstance(target, GpuTargetSpec):
         args.error(f"argument --dtype: expected float32 for a CPU, which computes in that, got {args.dtype}")
     configs = [choose(n) for n in args.lengths]

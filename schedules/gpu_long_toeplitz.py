@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from rpe_tvm.plan.gpu import COMPOSITE
 from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
-from rpe_tvm.schedules import gpu
 from rpe_tvm.schedules.gpu import Block, Loop, below, bind_grid, entry, read_index, unroll
 from rpe_tvm.schedules.gpu_long import halves, into_registers
 from rpe_tvm.schedules.gpu_toeplitz import sum_over_pairs

@@ -62,7 +62,7 @@ def read_pairs(sch: Schedule, name: str, loop: Loop) -> None:
 
 
 def as_one_number(sch: Schedule, config: GpuToeplitzConfig, channels: Loop) -> None:
-    """Write both channels of a pair at once where rows have whole pairs: the output is torch's own, at a multiple of 8."""
+    """Write both channels of a pair at once where rows have whole pairs: an output starts at a multiple of 8 bytes."""
     if config.head_dim % 2 == 0:
         sch.vectorize(channels)
     else:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from rpe_tvm.plan import gpu
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_backward import HOPPER
 from rpe_tvm.plan.twiddles import digit_order
 
 LONGEST = gpu.LONGEST
@@ -56,7 +57,7 @@ class GpuToeplitzConfig(GpuAttentionConfig):
         return (self.head_dim + 1) // 2
 
 
-def choose(n: int, head_dim: int) -> GpuToeplitzConfig:
+def choose(n: int, head_dim: int, shared_bytes: int = HOPPER) -> GpuToeplitzConfig:
     """Return the config for up to `n` positions.
 
     Parameters
@@ -65,6 +66,8 @@ def choose(n: int, head_dim: int) -> GpuToeplitzConfig:
         The larger of the numbers of inputs and outputs.
     head_dim : int
         Channels d.
+    shared_bytes : int
+        Shared memory that a block of threads may have.
 
     Raises
     ------
@@ -74,8 +77,11 @@ def choose(n: int, head_dim: int) -> GpuToeplitzConfig:
     if n > LONGEST:
         raise ValueError(f"Invalid length: expected at most {LONGEST} positions on a GPU so far, got {n}.")
     length = gpu.gpu_bucket(n)
-    # two blocks of rows of 4096 share a multiprocessor, and a thread has registers for a column of 16
-    row = length if length <= gpu.LONGEST_ROW else 4096 if length <= 16 * 4096 else 8192
+    is_hopper = shared_bytes >= HOPPER
+    row = length
+    if length > (8192 if is_hopper else 4096):
+        # two blocks of rows of 4096 share a multiprocessor, and a thread has registers for a column of 16
+        row = 8192 if length > (16 if is_hopper else 32) * 4096 else 4096
     radices = gpu.ROW_RADICES[row]
     blocks_per_sm = gpu.BLOCKS_PER_SM.get(radices, 0) if row == length else 0
     return GpuToeplitzConfig(

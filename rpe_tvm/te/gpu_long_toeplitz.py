@@ -112,9 +112,7 @@ def back_columns(config: GpuToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
 
     turned = cx.compute(
         (count, pairs, 2, n1, n2, 2),
-        lambda u, pair, p, k1, column, c: cx.part(
-            c, cx.choose(k1, [load((u, pair, p, column), k) for k in range(n1)])
-        ),
+        lambda u, pair, p, k1, column, c: cx.part(c, cx.choose(k1, [load((u, pair, p, column), k) for k in range(n1)])),
         "turned",
     )
     butterfly = gpu_dft.butterfly(

@@ -126,9 +126,7 @@ def product(config: GpuToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
         return cx.mul(value, cx.load(spectra, at[1], at[3], t, block))
 
     ahead = gpu_dft.forward("ahead", radices, lead, tables, load, multiply)
-    back = gpu_dft.inverse(
-        "back", radices, lead, tables, lambda at, block, t: cx.load(ahead, *at, block, t, 0, 0)
-    )
+    back = gpu_dft.inverse("back", radices, lead, tables, lambda at, block, t: cx.load(ahead, *at, block, t, 0, 0))
     parity = te.reduce_axis((cx.int64(0), cx.int64(2)), "parity")
 
     def add(b: Expr, h: Expr, pair: Expr, s: Expr, q: Expr, c: Expr) -> Expr:
@@ -180,7 +178,7 @@ def correlation(config: GpuToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
 def of_pairs(
     config: GpuToeplitzConfig, name: str, lead: Sequence[Expr], tables: gpu_dft.Tables, load: gpu_dft.LoadForward
 ) -> Transform:
-    """Return the transforms of pairs of channels of `lead`, blocks `ahead_<name>_<stage>`; `load` gets the pair last."""
+    """Return the transforms of pairs of channels, blocks `ahead_<name>_<stage>`; `load` gets the pair behind `lead`."""
     ahead = gpu_dft.forward(
         f"ahead_{name}_", config.radices, (*lead, config.pairs), tables, load, lambda at, block, t, value: value
     )

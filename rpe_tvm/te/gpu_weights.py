@@ -59,7 +59,7 @@ def folded(
     position: Expr,
     part: Expr,
 ) -> Expr:
-    """Return `folded_weight` of the function from an offset t = j - i to its weight over 2 P, zero where there is none."""
+    """Return `folded_weight` of the function from an offset t = j - i to its weight over 2 P, 0 where there is none."""
     # the half of the 2 P points that starts at P differs by P turns of half a circle for each remainder
     same, wrapped = weight(-position), weight(config.length - position)
     sign = tirx.Select(residue % 2 == 0, cx.real(1.0), cx.real(-1.0))
@@ -115,7 +115,10 @@ def spectrum(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
 
 
 def spectrum_of(
-    config: GpuAttentionConfig, sizes: Sizes, tables: gpu_dft.Tables, fold: Callable[[Expr, Expr, Expr, Expr, Expr], Expr]
+    config: GpuAttentionConfig,
+    sizes: Sizes,
+    tables: gpu_dft.Tables,
+    fold: Callable[[Expr, Expr, Expr, Expr, Expr], Expr],
 ) -> te.Tensor:
     """Return the transforms of `fold(h, residue, s, q, part)`, `[H, residues, R, row / R, 2]`."""
     row, radices = config.row, config.radices

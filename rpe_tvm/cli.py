@@ -15,7 +15,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import __version__, arm_targets, bench, bench_cuda, bench_cuda_train, bench_toeplitz, bench_train
+from rpe_tvm import (
+    __version__,
+    arm_targets,
+    bench,
+    bench_cuda,
+    bench_cuda_toeplitz,
+    bench_cuda_train,
+    bench_toeplitz,
+    bench_train,
+)
 from rpe_tvm.errors import BuildError, RpeTvmError
 
 
@@ -288,15 +297,23 @@ def _verify(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.target != "cuda" and args.dtypes not in (None, ("float32",)):
         args.error(f"argument --dtypes: expected --target cuda for {','.join(args.dtypes)}, got --target {args.target}")
-    if args.target == "cuda" and args.mode == "train" and args.lengths is None:
-        args.lengths = bench_cuda_train.LENGTHS
+    if args.target == "cuda" and args.lengths is None:
+        if args.op == "toeplitz":
+            args.lengths = bench_cuda_toeplitz.LENGTHS
+        elif args.mode == "train":
+            args.lengths = bench_cuda_train.LENGTHS
+    dtypes = args.dtypes
     bench.fill_in(args)
     if args.target == "cuda":
-        if args.op != "attention":
-            args.error("argument --target: expected x86 for --op toeplitz, which GPUs do not have yet, got cuda")
         for option, value in (("--threads", args.threads), ("--memory-lengths", args.memory_lengths)):
             if value is not None:
                 args.error(f"argument {option}: expected --target x86, got --target cuda; leave one of them out")
+        if args.op == "toeplitz":
+            if dtypes not in (None, ("float32",)):
+                args.error(f"argument --dtypes: expected float32 for --op toeplitz, got {','.join(dtypes)}")
+            if args.mode == "train" or args.plot is not None or args.causal:
+                args.error("argument --op: toeplitz has no --mode train (its rows have both), --plot and --causal")
+            return bench_cuda_toeplitz.main(args)
         if args.mode == "train":
             if args.plot is not None:
                 args.error("argument --plot: expected --mode forward or --target x86; leave it out")

@@ -17,7 +17,8 @@ torch = pytest.importorskip("torch")
 from rpe_tvm import peers  # noqa: E402  (needs torch)
 
 PEERS = ["torch.fft", "torch.fft contiguous"]
-COMMAND = "bench --op toeplitz --target cuda --lengths 5,40 --heads 2 --head-dim 3 --seconds 0".split()
+OPTIONS = "--op toeplitz --target cuda --lengths 5,40 --heads 2 --head-dim 3 --seconds 0"
+COMMAND = ["bench", *OPTIONS.split()]
 
 
 @pytest.fixture

@@ -27,6 +27,16 @@ def rows_of(config: GpuToeplitzConfig, lead: Sequence[Expr], n: Expr, name: str)
     return te.placeholder((*lead, n, cx.int64(config.head_dim)), cx.FLOAT, name)
 
 
+def whole_pairs_of(config: GpuToeplitzConfig, lead: Sequence[Expr], n: Expr, name: str) -> te.Tensor:
+    """Return `rows_of`; where d is even as whole pairs of channels, `[*lead, n, d / 2]`, whose 8 bytes are an integer.
+
+    Threads that read pairs of neighbouring positions read from as many rows, and so half as often.
+    """
+    if config.head_dim % 2:
+        return rows_of(config, lead, n, name)
+    return te.placeholder((*lead, n, cx.int64(config.pairs)), "int64", name)
+
+
 def pairs_of(
     config: GpuToeplitzConfig,
     x: te.Tensor,
@@ -40,6 +50,8 @@ def pairs_of(
     What is read for it is a stage of its own, `read_<name>`: all that a thread needs is asked for before any is used.
     """
     d, n = config.head_dim, x.shape[-2]
+    if x.dtype == "int64":
+        return _halves_of(x, name, axes, place)
 
     def read(*index: Expr) -> Expr:
         *at, c = index
@@ -57,6 +69,27 @@ def pairs_of(
         return tirx.Select(inside, found[index], cx.real(0.0))
 
     return cx.compute((*axes, 2), zero_past_the_ends, f"packed_{name}")
+
+
+def _halves_of(
+    x: te.Tensor, name: str, axes: Sequence[Expr], place: Callable[[Sequence[Expr]], tuple[Sequence[Expr], Expr, Expr]]
+) -> te.Tensor:
+    """As `pairs_of`, of `whole_pairs_of`."""
+    n = x.shape[-2]
+
+    def read(*at: Expr) -> Expr:
+        lead, pair, position = place(at)
+        return x[(*lead, tirx.min(position, n - 1), pair)]
+
+    found = cx.compute(axes, read, f"read_{name}")
+
+    def half(*index: Expr) -> Expr:
+        *at, c = index
+        _, _, position = place(at)
+        value = tirx.reinterpret(cx.FLOAT, (found[tuple(at)] >> (32 * c)).astype("int32"))
+        return tirx.Select(position < n, value, cx.real(0.0))
+
+    return cx.compute((*axes, 2), half, f"packed_{name}")
 
 
 def by_first_radix(config: GpuToeplitzConfig) -> Callable[[Sequence[Expr]], tuple[Sequence[Expr], Expr, Expr]]:
@@ -107,13 +140,14 @@ def product(config: GpuToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        x `[B, H, n, d]`, spectrum as `spectrum` returns it, tables (flat), out `[B, H, n_out, d]`.
+        x `[B, H, n, d]` as `whole_pairs_of` has it, spectrum as `spectrum` returns it, tables (flat), n_out, out
+        `[B, H, n_out, d]`.
     """
     radices, length = config.radices, config.length
     first, last = radices[0], radices[-1]
     rest = length // first
     batch, heads = sizes.batch, sizes.heads
-    x = rows_of(config, (batch, heads), sizes.n_key, "x")
+    x = whole_pairs_of(config, (batch, heads), sizes.n_key, "x")
     spectra = te.placeholder((heads, *map(cx.int64, (2, last, length // last, 2))), cx.FLOAT, "spectrum")
     tables = make_tables(config)
     packed = pairs_of(config, x, "x", (batch, heads, config.pairs, first, rest), by_first_radix(config))
@@ -157,6 +191,7 @@ def correlation(config: GpuToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
     """
     rest = config.length // config.radices[0]
     lead = (sizes.batch, sizes.heads)
+    # not as whole pairs: with those of both sides in flight, blocks of 8192 points spill too many registers
     grad = rows_of(config, lead, sizes.n_query, "grad")
     x = rows_of(config, lead, sizes.n_key, "x")
     tables = make_tables(config)

@@ -33,7 +33,7 @@ def matmul(instance: GpuInstance, weights: Tensor, x: Tensor, out: Tensor) -> No
         tables = constant_tables(config, x.device)
         spectrum = x.new_empty(gpu_buffers.spectrum(config, x.shape[1]))
         if config.columns == 1:
-            functions["matmul"](weights, x, tables, spectrum, out)
+            functions["matmul"](weights, _whole_pairs(x), tables, spectrum, out)
             return
         n_out, n = out.shape[2], x.shape[2]
         columns = x.new_empty(gpu_buffers.spectrum_columns(config, x.shape[1]))
@@ -93,6 +93,14 @@ def _between(config: GpuToeplitzConfig, x: Tensor) -> list[Tensor]:
     """Return two arrays between columns and rows."""
     shape = gpu_toeplitz.between(config, gpu_toeplitz.heads_at_once(config, x.shape[1]))
     return [x.new_empty(shape) for _ in range(2)]
+
+
+def _whole_pairs(x: Tensor) -> Tensor:
+    """x as `te.gpu_toeplitz.whole_pairs_of` has it: where d is even 8 bytes as one, copied where not aligned."""
+    if x.shape[3] % 2:
+        return x
+    is_aligned = x.data_ptr() % 8 == 0 and x.storage_offset() % 2 == 0 and all(each % 2 == 0 for each in x.stride()[:3])
+    return (x if is_aligned else x.clone(memory_format=torch.contiguous_format)).view(torch.int64)
 
 
 def _by_first_radix(config: GpuToeplitzConfig, x: Tensor) -> Tensor:

@@ -60,10 +60,10 @@ def config(instance: GpuInstance, monkeypatch: pytest.MonkeyPatch) -> Iterator[G
     assert all(call[0] == -1 and call[1] <= config.length and call[2] == config.head_dim for call in asked)
 
 
-def _rows(config: GpuToeplitzConfig, n: int) -> torch.Tensor:
+def _rows(config: GpuToeplitzConfig, n: int, before: int = 2) -> torch.Tensor:
     """Channels with any strides but the last."""
     g = torch.Generator().manual_seed(n)
-    return torch.randn(B, n, H, config.head_dim + 1, generator=g)[..., 1:].transpose(1, 2)
+    return torch.randn(B, n, H, config.head_dim + before, generator=g)[..., before:].transpose(1, 2)
 
 
 def _error(found: torch.Tensor, expected: np.ndarray[Any, Any]) -> float:
@@ -83,6 +83,12 @@ def test_numbers(config: GpuToeplitzConfig, which: str) -> None:
     matrix = np.einsum("bhid,bhjd->hij", grad.double(), x.double())
     expected = [[np.trace(of_head, t) for t in range(1 - n_out, n)] for of_head in matrix]
     assert _error(toeplitz._weight_grad_cuda(grad, x), np.array(expected)) < 2e-6
+
+
+def test_pairs_that_are_not_aligned(config: GpuToeplitzConfig) -> None:
+    weights, x = torch.randn(H, 2 * 9 - 1, generator=torch.Generator().manual_seed(0)), _rows(config, 9, before=1)
+    assert torch.equal(toeplitz._matmul_cuda(weights, x, 9), toeplitz._matmul_cuda(weights, x.contiguous(), 9))
+    assert torch.equal(toeplitz._weight_grad_cuda(x, x), toeplitz._weight_grad_cuda(x.contiguous(), x.contiguous()))
 
 
 def test_one_position(config: GpuToeplitzConfig) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rpe_tvm import reference
-from rpe_tvm.errors import ShapeError
+from rpe_tvm import build, reference, targets
+from rpe_tvm.errors import BuildError, ShapeError
 from rpe_tvm.plan import gpu_toeplitz
 from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
 from rpe_tvm.runtime import GpuInstance
@@ -134,6 +134,8 @@ def test_too_long_for_a_gpu() -> None:
 
 
 def test_amd_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BuildError, match=r"toeplitz-d4-n64-float32 is for NVIDIA GPUs, and the target rocm-gfx942"):
+        build.compile_operator(gpu_toeplitz.choose(64, 4), targets.preset("gfx942"))
     monkeypatch.setattr(hip, "is_hip", lambda: True)
     with FakeTensorMode(), pytest.raises(ValueError, match=r"device of x: .* on cuda:0, an AMD GPU.*\.cpu\(\)"):
         toeplitz_matmul(torch.empty(H, 19, device="cuda"), torch.empty(B, H, 10, 4, device="cuda"))

@@ -23,20 +23,18 @@ def product(sch: Schedule, config: GpuToeplitzConfig) -> None:
     b, h, i, channel = sch.get_loops(out)
     s, q = sch.split(i, [radices[0], config.row // radices[0]])
     turn, of_thread = sch.split(q, [None, threads])
-    of_pair, half = sch.split(channel, [None, 2])
+    of_pair, half = sch.split(channel, [None, 2 if config.head_dim % 2 else 1])
     sch.reorder(b, h, of_pair, of_thread, turn, s, half)
-    unroll(sch, [turn, s])
+    unroll(sch, [turn, s, half])
     sch.merge(thread, of_thread)
     b, h, pair, thread, *_ = sch.get_loops(out)
     bind_grid(sch, b, h, pair)
     sch.bind(thread, "threadIdx.x")
-    as_one_number(sch, config, half)
     sch.set_scope(sums, 0, "local")
 
     place(sch, chain, meetings, parity, butterfly, threads)
     pad_meetings(sch, radices, meetings)
     _pack_in_shared(sch, config, pair)
-    unroll(sch, [butterfly, s, c])
     start = sch.decompose_reduction(sums, parity)
     unroll(sch, below(sch, start, thread))
 
@@ -59,14 +57,6 @@ def read_pairs(sch: Schedule, name: str, loop: Loop) -> None:
     sch.set_scope(read, 0, "local")
     sch.compute_at(read, loop)
     unroll(sch, below(sch, read, loop))
-
-
-def as_one_number(sch: Schedule, config: GpuToeplitzConfig, channels: Loop) -> None:
-    """Write both channels of a pair at once where rows have whole pairs: an output starts at a multiple of 8 bytes."""
-    if config.head_dim % 2 == 0:
-        sch.vectorize(channels)
-    else:
-        sch.unroll(channels)
 
 
 def correlation(sch: Schedule, config: GpuToeplitzConfig) -> None:

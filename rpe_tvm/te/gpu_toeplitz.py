@@ -30,7 +30,7 @@ def rows_of(config: GpuToeplitzConfig, lead: Sequence[Expr], n: Expr, name: str)
 def whole_pairs_of(config: GpuToeplitzConfig, lead: Sequence[Expr], n: Expr, name: str) -> te.Tensor:
     """Return `rows_of`; where d is even as whole pairs of channels, `[*lead, n, d / 2]`, whose 8 bytes are an integer.
 
-    Threads that read pairs of neighbouring positions read from as many rows, and so half as often.
+    Threads that access pairs of neighbouring positions access as many rows, and so half as often.
     """
     if config.head_dim % 2:
         return rows_of(config, lead, n, name)
@@ -140,8 +140,8 @@ def product(config: GpuToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        x `[B, H, n, d]` as `whole_pairs_of` has it, spectrum as `spectrum` returns it, tables (flat), n_out, out
-        `[B, H, n_out, d]`.
+        x `[B, H, n, d]`, spectrum as `spectrum` returns it, tables (flat), n_out, out `[B, H, n_out, d]`; x and out as
+        `whole_pairs_of` has them.
     """
     radices, length = config.radices, config.length
     first, last = radices[0], radices[-1]
@@ -170,10 +170,14 @@ def product(config: GpuToeplitzConfig, sizes: Sizes) -> list[te.Tensor]:
     sums = cx.compute((batch, heads, config.pairs, first, rest, 2), add, "sums")
 
     def unpack(b: Expr, h: Expr, i: Expr, ch: Expr) -> Expr:
-        return sums[b, h, ch // 2, i // rest, i % rest, ch % 2]
+        if config.head_dim % 2:
+            return sums[b, h, ch // 2, i // rest, i % rest, ch % 2]
+        low, high = (tirx.reinterpret("uint32", each) for each in cx.load(sums, b, h, ch, i // rest, i % rest))
+        return tirx.reinterpret("int64", low.astype("uint64") | (high.astype("uint64") << tirx.const(32, "uint64")))
 
     # n_out <= P always; the minimum tells the schedule so
-    out = cx.compute((batch, heads, tirx.min(sizes.n_query, length), config.head_dim), unpack, "out")
+    n_out = tirx.min(sizes.n_query, length)
+    out = cx.compute((batch, heads, n_out, config.head_dim if config.head_dim % 2 else config.pairs), unpack, "out")
     return [x, spectra, tables.tensor, sizes.n_query, out]
 
 

@@ -33,7 +33,9 @@ def matmul(instance: GpuInstance, weights: Tensor, x: Tensor, out: Tensor) -> No
         tables = constant_tables(config, x.device)
         spectrum = x.new_empty(gpu_buffers.spectrum(config, x.shape[1]))
         if config.columns == 1:
-            functions["matmul"](weights, _whole_pairs(x), tables, spectrum, out)
+            functions["matmul"](
+                weights, _whole_pairs(x), tables, spectrum, out if x.shape[3] % 2 else out.view(torch.int64)
+            )
             return
         n_out, n = out.shape[2], x.shape[2]
         columns = x.new_empty(gpu_buffers.spectrum_columns(config, x.shape[1]))

@@ -15,7 +15,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import __version__, arm_targets, bench, bench_cuda, bench_cuda_train, bench_toeplitz, bench_train
+from rpe_tvm import (
+    __version__,
+    arm_targets,
+    bench,
+    bench_cuda,
+    bench_cuda_toeplitz,
+    bench_cuda_train,
+    bench_toeplitz,
+    bench_train,
+)
 from rpe_tvm.errors import BuildError, RpeTvmError
 
 
@@ -202,13 +211,15 @@ def _compile(args: argparse.Namespace) -> int:
     from rpe_tvm import build, targets
     from rpe_tvm.build import manifest
     from rpe_tvm.gpu_targets import GpuTargetSpec
-    from rpe_tvm.plan import backward, gpu_backward_choice, gpu_choice, toeplitz, wisdom
+    from rpe_tvm.plan import backward, gpu_backward_choice, gpu_choice, gpu_toeplitz, toeplitz, wisdom
 
     target = targets.preset(args.target)
 
     def choose(n: int) -> Any:
         if isinstance(target, GpuTargetSpec):
             try:
+                if args.op == "toeplitz":
+                    return gpu_toeplitz.choose(n, args.head_dim, target.shared_bytes)
                 if args.op == "backward":
                     return gpu_backward_choice.choose(n, args.features, args.head_dim, args.dtype, target.shared_bytes)
                 return gpu_choice.choose(n, args.features, args.head_dim, args.dtype, target.id)
@@ -220,10 +231,8 @@ def _compile(args: argparse.Namespace) -> int:
             return backward.choose(target.id, n, args.features, args.head_dim, target.lanes)
         return wisdom.choose(target.id, n, args.features, args.head_dim, target.lanes)
 
-    if isinstance(target, GpuTargetSpec) and args.op == "toeplitz":
-        args.error(
-            f"argument --target: expected a CPU for --op {args.op}, which GPUs do not have yet, got {args.target}"
-        )
+    if args.dtype != "float32" and args.op == "toeplitz":
+        args.error(f"argument --dtype: expected float32 for --op toeplitz, which computes in that, got {args.dtype}")
     if args.dtype != "float32" and not isinstance(target, GpuTargetSpec):
         args.error(f"argument --dtype: expected float32 for a CPU, which computes in that, got {args.dtype}")
     configs = [choose(n) for n in args.lengths]
@@ -294,15 +303,23 @@ def _verify(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.target != "cuda" and args.dtypes not in (None, ("float32",)):
         args.error(f"argument --dtypes: expected --target cuda for {','.join(args.dtypes)}, got --target {args.target}")
-    if args.target == "cuda" and args.mode == "train" and args.lengths is None:
-        args.lengths = bench_cuda_train.LENGTHS
+    if args.target == "cuda" and args.lengths is None:
+        if args.op == "toeplitz":
+            args.lengths = bench_cuda_toeplitz.LENGTHS
+        elif args.mode == "train":
+            args.lengths = bench_cuda_train.LENGTHS
+    dtypes = args.dtypes
     bench.fill_in(args)
     if args.target == "cuda":
-        if args.op != "attention":
-            args.error("argument --target: expected x86 for --op toeplitz, which GPUs do not have yet, got cuda")
         for option, value in (("--threads", args.threads), ("--memory-lengths", args.memory_lengths)):
             if value is not None:
                 args.error(f"argument {option}: expected --target x86, got --target cuda; leave one of them out")
+        if args.op == "toeplitz":
+            if dtypes not in (None, ("float32",)):
+                args.error(f"argument --dtypes: expected float32 for --op toeplitz, got {','.join(dtypes)}")
+            if args.mode == "train" or args.plot is not None or args.causal:
+                args.error("argument --op: toeplitz has no --mode train (its rows have both), --plot and --causal")
+            return bench_cuda_toeplitz.main(args)
         if args.mode == "train":
             if args.plot is not None:
                 args.error("argument --plot: expected --mode forward or --target x86; leave it out")

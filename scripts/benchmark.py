@@ -1,7 +1,7 @@
 """Runs all benchmarks of a target one after the other and writes their JSON files and plots.
 
     python scripts/benchmark.py --threads 2       # x86.json, x86-train.json, x86-toeplitz.json and two plots
-    python scripts/benchmark.py --target cuda     # cuda.json and its plot
+    python scripts/benchmark.py --target cuda     # cuda.json and its plot, cuda-toeplitz.json
 
 Close other programs first. Each benchmark is a command of its own, printed in front of its table. One that fails, for a
 wrong result perhaps, does not stop the others; its files stay as they were.
@@ -20,10 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def gpu_commands(out: Path) -> list[list[str]]:
-    """The arguments of ``python -m rpe_tvm`` for the benchmark on an NVIDIA GPU."""
-    attention = ["--target", "cuda", "--heads", "8", "--features", "32", "--head-dim", "64"]
+    """The arguments of ``python -m rpe_tvm`` for each benchmark on an NVIDIA GPU."""
+    common = ["--target", "cuda", "--heads", "8", "--head-dim", "64"]
     lengths = "1024,2048,4096,16384,65536,262144"
-    return [["bench", *attention, "--lengths", lengths, *_files(out / "cuda", with_plot=True)]]
+    return [
+        ["bench", *common, "--features", "32", "--lengths", lengths, *_files(out / "cuda", with_plot=True)],
+        ["bench", "--op", "toeplitz", *common, *_files(out / "cuda-toeplitz", with_plot=False)],
+    ]
 
 
 def commands(out: Path, threads: int) -> list[list[str]]:

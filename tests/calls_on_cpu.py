@@ -73,7 +73,8 @@ def _value(argument: _Any) -> Any:
         return argument.value
     tensor = _Tensor.from_address(argument.value)
     code, bits, *_ = tensor.dtype
-    kinds = {(2, 32): ctypes.c_float, (1, 8): ctypes.c_uint8}  # float32, and bytes of a workspace
+    kinds = {(2, 32): ctypes.c_float, (1, 8): ctypes.c_uint8, (0, 64): ctypes.c_int64}
+    # float32, bytes of a workspace, and pairs of float32
     assert tensor.byte_offset == 0
     shape = tensor.shape[: tensor.rank]
     strides = tensor.strides[: tensor.rank] if tensor.strides else torch.empty(shape, device="meta").stride()

@@ -405,7 +405,8 @@ def test_options(capsys, monkeypatch):
     assert (second.lengths, second.dtypes, second.heads) == ((7,), ("bfloat16",), 3)
     for wrong, message in (
         (["--target", "cuda", "--dtypes", "float64"], "expected float32 or bfloat16, got 'float64'"),
-        (["--target", "cuda", "--op", "toeplitz"], "which GPUs do not have yet"),
+        (["--target", "cuda", "--op", "toeplitz", "--mode", "train"], "toeplitz has no --mode train"),
+        (["--target", "cuda", "--op", "toeplitz", "--dtypes", "bfloat16"], "expected float32 for --op toeplitz"),
         (["--target", "cuda", "--threads", "2"], "argument --threads: expected --target x86"),
         (["--dtypes", "bfloat16"], "argument --dtypes: expected --target cuda for bfloat16"),
     ):

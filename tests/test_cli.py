@@ -17,7 +17,7 @@ from rpe_tvm import build as package
 from rpe_tvm.build import cache, manifest, nvcc
 from rpe_tvm.build import compile as build
 from rpe_tvm.errors import GpuNotFoundError, TuningError
-from rpe_tvm.plan import backward, gpu, gpu_backward, gpu_direct_backward, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu, gpu_backward, gpu_direct_backward, gpu_toeplitz, toeplitz, wisdom
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.runtime import gpu as runtime_gpu
 from rpe_tvm.runtime import load
@@ -130,9 +130,15 @@ def test_compile_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err.startswith("error: Unknown GPU architecture 'sm_75'")
     assert cli.main([*command, "--target", "sm_90", "--lengths", "9999999"]) == 1
     assert "expected at most" in capsys.readouterr().err
+    asked.clear()
+    assert cli.main([*command, "--target", "sm_80", "--op", "toeplitz", "--lengths", "50,8000"]) == 0
+    assert asked == [(gpu_toeplitz.choose(n, 8, 163 * 1024), "cuda-sm_80", tmp_path) for n in (50, 8000)]
+    capsys.readouterr()
+    assert cli.main([*command, "--target", "sm_90", "--op", "toeplitz", "--lengths", "300000"]) == 1
+    assert "expected at most 262144 positions on a GPU so far, got 300000" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main([*command, "--target", "sm_90", "--op", "toeplitz"])
-    assert "argument --target: expected a CPU for --op toeplitz" in capsys.readouterr().err
+        cli.main([*command, "--target", "sm_90", "--op", "toeplitz", "--dtype", "bfloat16"])
+    assert "argument --dtype: expected float32 for --op toeplitz" in capsys.readouterr().err
     asked.clear()
     assert cli.main([*command, "--target", "sm_80", "--op", "backward"]) == 0
     assert asked == [(gpu_backward.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]

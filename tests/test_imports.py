@@ -53,6 +53,7 @@ BELOW = {
         *("bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference", "bench_cuda_rows"),
     },
     "bench_toeplitz": {"errors", "bench_turns", "bench_machine", "bench_output"},
+    "bench_cuda_toeplitz": {"errors", "bench_turns", "bench_output", "bench_cuda_clock", "bench_cuda_machine"},
     "bench_train_steps": set(),
     "bench_train_reference": {"errors", "reference", "bench_machine", "bench_train_steps"},
     "bench_train_memory": {"errors", "bench_machine", "bench_train_steps"},
@@ -64,7 +65,10 @@ BELOW = {
         *("errors", "bench_turns", "bench_output", "bench_cuda_clock", "bench_cuda_machine"),
         *("bench_train", "bench_train_steps", "bench_train_reference"),
     },
-    "cli": {"errors", "arm_targets", "bench", "bench_cuda", "bench_cuda_train", "bench_toeplitz", "bench_train"},
+    "cli": {
+        *("errors", "arm_targets", "bench", "bench_toeplitz", "bench_train"),
+        *("bench_cuda", "bench_cuda_toeplitz", "bench_cuda_train"),
+    },
     "__main__": {"cli"},
 }
 # Layer -> what a function may import besides, when it runs: compiling on demand, and the commands of the
@@ -78,13 +82,14 @@ ON_DEMAND = {
     "bench_problem": {"torch"},
     "bench_peers": {"peers"},
     "bench_toeplitz": {"peers", "torch"},
+    "bench_cuda_toeplitz": {"peers", "torch"},
     "bench_train_steps": {"peers", "torch"},
     "bench_train_reference": {"peers"},
     "cli": {"build", "edge", "gpu_targets", "plan", "runtime", "targets", "torch", "tune"},
 }
 BENCHMARKS = {
     *("bench", "bench_problem", "bench_peers", "bench_toeplitz", "bench_turns"),
-    *("bench_cuda", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference"),
+    *("bench_cuda", "bench_cuda_clock", "bench_cuda_machine", "bench_cuda_reference", "bench_cuda_toeplitz"),
     *("bench_train", "bench_train_steps", "bench_train_reference", "bench_train_memory", "bench_cuda_train"),
 }
 # Heavy package -> the layers that may import it, and those that may when a function runs.

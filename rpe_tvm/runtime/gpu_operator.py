@@ -9,6 +9,7 @@ from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_backward_choice import AnyBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
+from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 
@@ -31,10 +32,14 @@ _GRAD_FEATURES = tuple(f"grad_features_{name}" for name in FEATURE_MAPS)
 # Where a transform fits into shared memory, and where its columns and rows take turns.
 _SHORT = ("spectrum", "attention")
 _LONG = ("spectrum_columns", "spectrum_rows", "columns", "rows", "back_columns")
+_SHORT_TOEPLITZ = ("spectrum", "product", "correlation", "matmul")
+_LONG_TOEPLITZ = (*_LONG, "correlation_rows")
 
 
 def function_names(config: GpuConfig | AnyBackwardConfig) -> tuple[str, ...]:
     """The names of the functions that are compiled for a config."""
+    if isinstance(config, GpuToeplitzConfig):
+        return _SHORT_TOEPLITZ if config.columns == 1 else _LONG_TOEPLITZ
     if isinstance(config, GpuBackwardConfig):
         if config.columns == 1:
             launches = (*_FEATURES, "largest", "spectrum", *_SHORT_BACKWARD, *_GRAD_FEATURES)

@@ -18,6 +18,7 @@ from rpe_tvm.machine import X86, this_machine
 from rpe_tvm.plan import gpu_backward_choice
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
 from rpe_tvm.plan.gpu_wisdom import config_from_json
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.runtime import hip, toeplitz, tvm_runtime
@@ -36,6 +37,7 @@ _OPERATORS: dict[tuple[str, str], tuple[Callable[[dict[str, Any]], Any], Callabl
     ("toeplitz", "llvm"): (ToeplitzConfig.from_json, lambda config: toeplitz.FUNCTIONS),
     ("attention", "cuda"): (config_from_json, function_names),
     ("backward", "cuda"): (gpu_backward_choice.config_from_json, function_names),
+    ("toeplitz", "cuda"): (GpuToeplitzConfig.from_json, function_names),
     ("attention", "rocm"): (config_from_json, kernel_functions),
 }
 
@@ -134,6 +136,11 @@ def load_gpu(path: str | os.PathLike[str], gpu_index: int = 0) -> GpuInstance:
 def load_gpu_backward(path: str | os.PathLike[str], gpu_index: int = 0) -> GpuInstance:
     """Load the compiled gradients of attention of one length for an NVIDIA GPU under `path`; as `load_gpu`."""
     return _load_gpu("backward", path, gpu_index)
+
+
+def load_gpu_toeplitz(path: str | os.PathLike[str], gpu_index: int = 0) -> GpuInstance:
+    """Load the compiled Toeplitz product of one length for an NVIDIA GPU under `path`; as `load_gpu`."""
+    return _load_gpu("toeplitz", path, gpu_index)
 
 
 def _load_gpu(op: str, path: str | os.PathLike[str], gpu_index: int) -> GpuInstance:

@@ -7,6 +7,8 @@ else is as in `te.gpu_attention`. Source: Luo et al. 2021, Eq. 10 and Sec. 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm import te
 
 from rpe_tvm.plan.gpu import GpuAttentionConfig
@@ -18,7 +20,7 @@ from rpe_tvm.te.gpu_weights import folded_weight, weight_inputs
 from rpe_tvm.te.shapes import Sizes
 
 
-def _array(config: GpuAttentionConfig, lead: list[Expr], name: str) -> te.Tensor:
+def array(config: GpuAttentionConfig, lead: list[Expr], name: str) -> te.Tensor:
     """An array between columns and rows: `lead + [N1, S, N2 / S, 2]` with S the first radix of a row."""
     first = config.radices[0]
     return te.placeholder([*lead, *map(cx.int64, (config.columns, first, config.row // first, 2))], cx.FLOAT, name)
@@ -68,30 +70,39 @@ def rows(config: GpuAttentionConfig) -> list[te.Tensor]:
         transformed `[count, 2, m, N1, S, N2 / S, 2]`, spectrum `[2, N1, R, N2 / R, 2]` with R the last radix, tables
         (flat), product, of the shape of transformed.
     """
-    m, radices = config.num_features, config.radices
+    m, last = config.num_features, config.radices[-1]
     count = te.var("count", "int64")
-    transformed = _array(config, [count, cx.int64(2), cx.int64(m)], "transformed")
-    last = radices[-1]
+    transformed = array(config, [count, cx.int64(2), cx.int64(m)], "transformed")
     spectrum = te.placeholder(
         list(map(cx.int64, (2, config.columns, last, config.row // last, 2))), cx.FLOAT, "spectrum"
     )
     tables = make_tables(config)
-    lead = (count, 2, m, config.columns)
+    product = row_products(config, transformed, tables, lambda at, *k2: cx.load(spectrum, at[1], at[3], *k2))
+    return [transformed, spectrum, tables.tensor, product]
+
+
+def row_products(
+    config: GpuAttentionConfig,
+    transformed: te.Tensor,
+    tables: gpu_dft.Tables,
+    spectrum: Callable[[tuple[Expr, ...], int, Expr], Complex],
+) -> te.Tensor:
+    """Return the products of transformed rows, `[*four axes, S, N2 / S, 2]`, with `spectrum(axes, t, block)`."""
+    radices, lead = config.radices, tuple(transformed.shape[:4])
     ahead = gpu_dft.forward(
         "ahead",
         radices,
         lead,
         tables,
         lambda at, s, q: cx.load(transformed, *at, s, q),
-        lambda at, block, t, value: cx.mul(value, cx.load(spectrum, at[1], at[3], t, block)),
+        lambda at, block, t, value: cx.mul(value, spectrum(at, t, block)),
     )
     back = gpu_dft.inverse("back", radices, lead, tables, lambda at, block, t: cx.load(ahead, *at, block, t, 0, 0))
-    product = cx.compute(
+    return cx.compute(
         (*lead, radices[0], config.row // radices[0], 2),
         lambda u, p, f, k1, s, q, c: back[u, p, f, k1, 0, s, q, c],
         "product",
     )
-    return [transformed, spectrum, tables.tensor, product]
 
 
 def back_columns(config: GpuAttentionConfig) -> list[te.Tensor]:
@@ -141,13 +152,21 @@ def spectrum_columns(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor
     """
     bias, largest, causal = weight_inputs(sizes)
     tables = make_tables(config)
+
+    def fold(h: Expr, p: Expr, position: Expr, c: Expr) -> Expr:
+        return folded_weight(config, sizes, tables, bias, largest, causal, h, p, position, c)
+
+    transformed = column_spectrum(config, sizes, tables, fold)
+    return [bias, largest, sizes.n_query, sizes.n_key, causal, tables.tensor, transformed]
+
+
+def column_spectrum(
+    config: GpuAttentionConfig, sizes: Sizes, tables: gpu_dft.Tables, fold: Callable[[Expr, Expr, Expr, Expr], Expr]
+) -> te.Tensor:
+    """Return the transforms of the columns of `fold(h, parity, position, part)`, `[H, 2, N1, N2, 2]`."""
     n1, n2 = config.columns, config.row
     folded = cx.compute(
-        (sizes.heads, 2, n1, n2, 2),
-        lambda h, p, row, column, c: folded_weight(
-            config, sizes, tables, bias, largest, causal, h, p, row * n2 + column, c
-        ),
-        "packed",
+        (sizes.heads, 2, n1, n2, 2), lambda h, p, row, column, c: fold(h, p, row * n2 + column, c), "packed"
     )
     butterfly = gpu_dft.butterfly(
         "column", (sizes.heads, 2, n2), n1, -1, lambda at, s: cx.load(folded, at[0], at[1], s, at[2])
@@ -158,8 +177,7 @@ def spectrum_columns(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor
         y = [y[0]] + [cx.mul(y[k], tables.split(k, column, n2)) for k in range(1, n1)]
         return cx.part(c, cx.choose(k1, y))
 
-    transformed = cx.compute((sizes.heads, 2, n1, n2, 2), transform, "transformed")
-    return [bias, largest, sizes.n_query, sizes.n_key, causal, tables.tensor, transformed]
+    return cx.compute((sizes.heads, 2, n1, n2, 2), transform, "transformed")
 
 
 def spectrum_rows(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -170,7 +188,7 @@ def spectrum_rows(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     list of te.Tensor
         transformed `[H, 2, N1, S, N2 / S, 2]`, tables (flat), spectrum `[H, 2, N1, R, N2 / R, 2]`.
     """
-    transformed = _array(config, [sizes.heads, cx.int64(2)], "transformed")
+    transformed = array(config, [sizes.heads, cx.int64(2)], "transformed")
     tables = make_tables(config)
     last = config.radices[-1]
     ahead = gpu_dft.forward(

@@ -8,6 +8,7 @@ Source: Luo et al. 2021, Eqs. 11-13.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from tvm import te, tirx
 
@@ -47,6 +48,18 @@ def folded_weight(
         found = tirx.exp(bias[h, t + sizes.n_query - 1] - largest[h])
         return tirx.if_then_else(valid, found * cx.real(0.5 / config.length), cx.real(0.0))
 
+    return folded(config, tables, weight, residue, position, part)
+
+
+def folded(
+    config: GpuAttentionConfig,
+    tables: gpu_dft.Tables,
+    weight: Callable[[Expr], Expr],
+    residue: Expr,
+    position: Expr,
+    part: Expr,
+) -> Expr:
+    """Return `folded_weight` of the function from an offset t = j - i to its weight over 2 P, 0 where there is none."""
     # the half of the 2 P points that starts at P differs by P turns of half a circle for each remainder
     same, wrapped = weight(-position), weight(config.length - position)
     sign = tirx.Select(residue % 2 == 0, cx.real(1.0), cx.real(-1.0))
@@ -90,25 +103,36 @@ def spectrum(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         block).
     """
     bias, largest, causal = weight_inputs(sizes)
-    row, radices = config.row, config.radices
-    rest, last = row // radices[0], radices[-1]
+    row, rest = config.row, config.row // config.radices[0]
     tables = make_tables(config)
 
     def fold(h: Expr, r: Expr, s: Expr, q: Expr, c: Expr) -> Expr:
         positions = [part * row + s * rest + q for part in range(config.folds)]
         return sum(folded_weight(config, sizes, tables, bias, largest, causal, h, r, x, c) for x in positions)
 
-    folded = cx.compute((sizes.heads, config.residues, radices[0], rest, 2), fold, "packed")
+    result = spectrum_of(config, sizes, tables, fold)
+    return [bias, largest, sizes.n_query, sizes.n_key, causal, tables.tensor, result]
+
+
+def spectrum_of(
+    config: GpuAttentionConfig,
+    sizes: Sizes,
+    tables: gpu_dft.Tables,
+    fold: Callable[[Expr, Expr, Expr, Expr, Expr], Expr],
+) -> te.Tensor:
+    """Return the transforms of `fold(h, residue, s, q, part)`, `[H, residues, R, row / R, 2]`."""
+    row, radices = config.row, config.radices
+    rest, last = row // radices[0], radices[-1]
+    packed = cx.compute((sizes.heads, config.residues, radices[0], rest, 2), fold, "packed")
 
     def load(at: tuple[Expr, ...], s: int, q: Expr) -> Complex:
-        return cx.load(folded, *at, s, q)
+        return cx.load(packed, *at, s, q)
 
     ahead = gpu_dft.forward(
         "ahead", radices, (sizes.heads, config.residues), tables, load, lambda at, block, t, value: value
     )
-    result = cx.compute(
+    return cx.compute(
         (sizes.heads, config.residues, last, row // last, 2),
         lambda h, p, t, block, c: ahead[h, p, block, t, 0, 0, c],
         "spectrum",
     )
-    return [bias, largest, sizes.n_query, sizes.n_key, causal, tables.tensor, result]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rpe_tvm.torch import hip
 
-def check_cpu(name: str, x: Tensor) -> None:
-    """Raise ``ValueError`` unless x is on the CPU, for operators that run nowhere else."""
-    if not x.is_cpu:
+
+def check_nvidia(name: str, x: Tensor) -> None:
+    """Raise ``ValueError`` if x is on an AMD GPU, for operators that have no kernels there."""
+    if x.is_cuda and hip.is_hip():
         raise ValueError(
-            f"Invalid device of {name}: expected a CPU tensor, got one on {x.device}. This operator runs on x86 CPUs "
-            "so far: move it with .cpu()."
+            f"Invalid device of {name}: expected a CPU tensor or one on an NVIDIA GPU, got one on {x.device}, an AMD "
+            "GPU. There this operator has no kernels yet: move it with .cpu()."
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rpe_tvm.errors import ArtefactError, BuildError, CompilerNotFoundError
-from rpe_tvm.plan import backward, gpu_backward_choice, gpu_choice, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu, gpu_backward_choice, gpu_choice, gpu_toeplitz, toeplitz, wisdom
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.runtime import (
     GpuInstance,
@@ -24,6 +24,7 @@ from rpe_tvm.runtime import (
     load_backward,
     load_gpu,
     load_gpu_backward,
+    load_gpu_toeplitz,
     load_hip,
     load_toeplitz,
 )
@@ -43,6 +44,7 @@ _loaded: dict[tuple[str, str, int], Any] = {}  # (kind, target, bucket) -> opera
 # What `_loaded` holds, by the numbers of a call: to make the names above takes as long as a launch.
 _gpu_calls: dict[tuple[int, int, int, int, str], GpuInstance] = {}
 _gpu_backward_calls: dict[tuple[int, int, int, int, str], GpuInstance] = {}
+_gpu_toeplitz_calls: dict[tuple[int, int, int], GpuInstance] = {}
 _warned: set[str] = set()
 _artefacts: Path | None = None
 
@@ -101,6 +103,7 @@ def use_artefacts(directory: str | os.PathLike[str] | None) -> None:
         _loaded.clear()
         _gpu_calls.clear()
         _gpu_backward_calls.clear()
+        _gpu_toeplitz_calls.clear()
 
 
 def get_operator(n: int, num_features: int, head_dim: int) -> Instance:
@@ -219,6 +222,29 @@ def _find_gpu_backward(gpu_index: int, bucket: int, num_features: int, head_dim:
             choose=lambda target, bucket: gpu_backward_choice.choose(
                 bucket, num_features, head_dim, dtype, target.shared_bytes
             ),
+            wrap=None,
+            target=gpus()[gpu_index].arch,
+        ),
+        bucket,
+    )
+
+
+def get_gpu_toeplitz(gpu_index: int, n: int, head_dim: int) -> GpuInstance:
+    """The compiled Toeplitz product for n positions on a GPU; as `get_gpu_operator`."""
+    call = gpu_index, gpu.gpu_bucket(n), head_dim
+    found: GpuInstance | None = _gpu_toeplitz_calls.get(call)
+    if found is None:
+        found = _gpu_toeplitz_calls[call] = _find_gpu_toeplitz(*call)
+    return found
+
+
+def _find_gpu_toeplitz(gpu_index: int, bucket: int, head_dim: int) -> GpuInstance:
+    return _get(
+        _Kind(
+            name=f"toeplitz-d{head_dim}-float32",
+            options=f"--op toeplitz --head-dim {head_dim} --target cuda",
+            load=lambda path, length: load_gpu_toeplitz(path, gpu_index),
+            choose=lambda target, bucket: gpu_toeplitz.choose(bucket, head_dim, target.shared_bytes),
             wrap=None,
             target=gpus()[gpu_index].arch,
         ),

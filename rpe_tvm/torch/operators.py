@@ -13,7 +13,7 @@ from rpe_tvm.plan import gpu_backward_choice
 from rpe_tvm.runtime import run
 from rpe_tvm.torch import cuda, cuda_backward
 from rpe_tvm.torch.backward import argument_gradients, attention_backward, refuse_second_gradients
-from rpe_tvm.torch.devices import check_cpu, check_device
+from rpe_tvm.torch.devices import check_device
 from rpe_tvm.torch.dispatch import get_backward, get_gpu_backward, get_gpu_operator, get_operator
 from rpe_tvm.torch.feature_maps import check_feature_map
 from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous
@@ -32,16 +32,11 @@ torch.library.define(
 )
 
 
-def check_tensor(
-    name: str, x: Tensor, dims: str, first: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> None:
-    """Raise unless x is a tensor of `dtype` with as many axes as `dims` names, such as ``[B, H, n, d]``, on the CPU or,
-    if `first` is given, where that is.
+def check_tensor(name: str, x: Tensor, dims: str, first: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Raise unless x is a tensor of `dtype` with as many axes as `dims` names, such as ``[B, H, n, d]``, where `first`
+    is: on the CPU or an NVIDIA GPU.
     """
-    if first is None:
-        check_cpu(name, x)
-    else:
-        check_device(name, x, first)
+    check_device(name, x, first)
     if x.dtype != dtype:
         raise DTypeError(f"Invalid dtype of {name}: expected {dtype}, got {x.dtype}. Convert it with .to({dtype}).")
     if x.dim() != dims.count(",") + 1:

@@ -34,10 +34,11 @@ def test_every_command_is_understood(benchmark, tmp_path):
     assert 16384 in parsed[1].memory_lengths and parsed[2].plot is None
 
 
-def test_the_command_for_gpus_is_understood(benchmark, tmp_path):
-    (arguments,) = benchmark.gpu_commands(tmp_path)
-    args = cli._parser().parse_args(arguments)
-    assert (args.target, args.lengths[-1], args.json.name, args.plot.name) == ("cuda", 262144, "cuda.json", "cuda.png")
+def test_the_commands_for_gpus_are_understood(benchmark, tmp_path):
+    attention, toeplitz = (cli._parser().parse_args(arguments) for arguments in benchmark.gpu_commands(tmp_path))
+    assert (attention.target, toeplitz.target) == ("cuda", "cuda")
+    assert (attention.lengths[-1], attention.json.name, attention.plot.name) == (262144, "cuda.json", "cuda.png")
+    assert (toeplitz.op, toeplitz.json.name, toeplitz.plot) == ("toeplitz", "cuda-toeplitz.json", None)
 
 
 def test_a_failure_is_told_at_the_end(benchmark, tmp_path, monkeypatch, capsys):

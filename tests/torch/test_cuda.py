@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpe_tvm import build, reference
 from rpe_tvm.errors import ArtefactError, CompilerNotFoundError, DTypeError, GpuGradientError
-from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers, gpu_choice
+from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers, gpu_choice, gpu_toeplitz
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu import Gpu
@@ -375,6 +375,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(dispatch, "_loaded", {})
     monkeypatch.setattr(dispatch, "_gpu_calls", {})
     monkeypatch.setattr(dispatch, "_gpu_backward_calls", {})
+    monkeypatch.setattr(dispatch, "_gpu_toeplitz_calls", {})
     monkeypatch.setattr(dispatch, "_artefacts", None)
     monkeypatch.delenv("RPE_TVM_ARTEFACTS", raising=False)
     monkeypatch.setenv("RPE_TVM_CACHE", str(tmp_path / "cache"))
@@ -420,6 +421,21 @@ def test_gradients_are_operators_of_their_own(machine: Any, monkeypatch: pytest.
         _write(tmp_path / "shipped" / each.name / "cuda-sm_90", each)
     use_artefacts(tmp_path / "shipped")
     assert dispatch.get_gpu_backward(0, 100, 32, 64) == ("backward-m32-d64-n512-float32", 0)
+    assert machine.compiled == []
+
+
+def test_toeplitz_products_are_operators_of_their_own(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dispatch, "load_gpu_toeplitz", lambda path, index: (path.name, index))
+    config = gpu_toeplitz.choose(300, 64, shared_bytes=1)
+    assert dispatch.get_gpu_toeplitz(1, 300, 64) == (config.name, 1)
+    assert machine.compiled == [(config, "cuda-sm_90")]
+    machine.compiled.clear()
+    for name in (config.name, "toeplitz-d64-n256", "toeplitz-d63-n256-float32"):  # those of the CPU and of 63 channels
+        _write(tmp_path / "shipped" / name / "cuda-sm_90", config)
+    use_artefacts(tmp_path / "shipped")
+    assert dispatch.get_gpu_toeplitz(0, 100, 64) == ("toeplitz-d64-n512-float32", 0)
     assert machine.compiled == []
 
 

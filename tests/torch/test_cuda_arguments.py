@@ -23,6 +23,7 @@ from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_backward_choice import AnyBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
+from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import tvm_runtime
 
@@ -116,6 +117,67 @@ if "fused_prf" in loaded.functions:
     cuda.attention(instance, many, many, many, bias, torch.empty(m, d), many, feature_map="prf", is_causal=True)
     assert called == ["forward_prf"]
 """
+
+_TOEPLITZ = (
+    _CODE.partition("op = ")[0]
+    + """
+from rpe_tvm.runtime import load_gpu_toeplitz
+from rpe_tvm.torch import cuda_toeplitz
+
+loaded = load_gpu_toeplitz(sys.argv[1])
+called = []
+
+def wrap(name, function):
+    def call(*arguments):
+        called.append(name)
+        function(*map(on_gpu, arguments))
+    return call
+
+config = loaded.config
+instance = GpuInstance(config, {name: wrap(name, function) for name, function in loaded.functions.items()})
+d, n, n_out = config.head_dim, config.length - 3, config.length - 20
+x = torch.randn(2, 3, n, d + 1)[..., 1:]
+out = torch.empty(2, n_out, 3, d).transpose(1, 2)
+cuda_toeplitz.matmul(instance, torch.randn(3, n_out + n - 1), x, out)
+cuda_toeplitz.weight_spectra(instance, torch.ones(()).expand(out.shape).contiguous(), x)
+print(*called)
+print(ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "launches").value, "launches")
+try:
+    instance.functions["spectrum" if config.columns == 1 else "rows"](*[torch.empty(1)] * 4)
+except (TypeError, ValueError):
+    print("checked")
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "calls", "launches"),
+    [
+        (GpuToeplitzConfig(1, 4, 64, (8, 8), 8), "matmul correlation", 3),
+        (
+            GpuToeplitzConfig(1, 3, 128, (4, 4), 4, columns=8),
+            "spectrum_columns spectrum_rows"
+            + 2 * " columns rows back_columns"
+            + 2 * " columns columns correlation_rows",
+            14,
+        ),
+    ],
+    ids=["short", "long"],
+)
+def test_arguments_of_toeplitz_products_fit(
+    config: GpuToeplitzConfig,
+    calls: str,
+    launches: int,
+    cache_dir: Path,
+    tmp_path: Path,
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    build.export(config, targets.preset("sm_90"), tmp_path / "artefacts")  # machine code for sm_80, too
+    package = tvm_runtime.installed()
+    assert package is not None
+    fake = fake_gpu.write_libraries(tmp_path / "fake", package)
+    done = run_python(_TOEPLITZ, str(tmp_path / "artefacts"), LD_LIBRARY_PATH=str(fake), FAKE_GPU="80:166912")
+    assert done.stdout == f"{calls}\n{launches} launches\nchecked\n"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import tvm
 from tvm.s_tir import Schedule
 from tvm.tirx import IndexMap
 
+from rpe_tvm.build.json_graph import from_graph, to_graph
 from rpe_tvm.schedules.in_place import IN_PLACE
 from rpe_tvm.te.complex import Expr, int64
 
@@ -40,10 +40,10 @@ def _lay_out(sch: Schedule, rows: str, columns: str) -> None:
 
 
 class _Graph:
-    """The JSON graph of a function: TVM's Python has nothing that replaces variables, see `parameters`."""
+    """The JSON graph of a function: TVM's Python has nothing that replaces variables."""
 
     def __init__(self, function: tvm.tirx.PrimFunc) -> None:
-        self._graph: dict[str, Any] = json.loads(tvm.ir.save_json(function))
+        self._graph = to_graph(function)
         self._nodes: list[dict[str, Any]] = self._graph["nodes"]
         blocks = (node["data"] for node in self._nodes if node["type"] == "s_tir.SBlock")
         self._blocks = {self._text(block["name_hint"]): block for block in blocks}
@@ -76,4 +76,4 @@ class _Graph:
         for block in self._blocks.values():
             arrays = self._nodes[block["alloc_buffers"]]
             arrays["data"] = [each for each in arrays["data"] if each not in same]
-        return tvm.ir.load_json(json.dumps(self._graph))
+        return from_graph(self._graph)

@@ -19,9 +19,9 @@ def rule(op: str, target: TargetSpec, length: int, num_features: int, head_dim: 
     return find(target.id, length, num_features, head_dim, target.lanes)
 
 
-def is_tuned(op: str, length: int, num_features: int, head_dim: int) -> bool:
+def is_tuned(op: str, target: TargetSpec, length: int, num_features: int, head_dim: int) -> bool:
     """Return whether an operator of this length looks for a record: gradients by tiles do not."""
-    return op == AttentionConfig.op or length > backward.longest_direct(num_features, head_dim)
+    return op == AttentionConfig.op or length > backward.longest_direct(target.id, num_features, head_dim, target.lanes)
 
 
 def candidates(op: str, target: TargetSpec, length: int, num_features: int, head_dim: int) -> list[AttentionConfig]:

@@ -84,7 +84,7 @@ class Run:
     def pairs(self) -> list[tuple[int, int]]:
         """All (bucket length, features) that are tuned, short ones first."""
         pairs = [(n, m) for n in sorted({bucket_length(n) for n in self.lengths}) for m in self.features]
-        return [(n, m) for n, m in pairs if is_tuned(self.op, n, m, self.head_dim)]
+        return [(n, m) for n, m in pairs if is_tuned(self.op, self.target, n, m, self.head_dim)]
 
 
 def tvm_target(run: Run) -> tvm.target.Target:

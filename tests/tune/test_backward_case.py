@@ -68,7 +68,7 @@ def test_a_record_is_found_replays_and_is_right(tmp_path, monkeypatch, capfd):
 
 
 def test_lengths_by_tiles_are_left_out(tmp_path):
-    lengths = (64, backward.longest_direct(32, 64), 2048)
+    lengths = (64, backward.longest_direct(TARGET.id, 32, 64, TARGET.lanes), 2048)
     run = session.Run("backward", TARGET, lengths, (32,), 64, 4, 60.0, 1, tmp_path / "work", tmp_path / "logs")
     assert run.pairs == [(2048, 32)]
     with pytest.raises(TuningError, match="Expected lengths whose backward runs by FFT, got 64: .*longer --lengths"):

@@ -78,7 +78,7 @@ class Rates:
         return 2 * length * (self._cycles(halves) * products + self.weights * values * num_features)
 
     def best_halves(self, length: int) -> Halves:
-        """Return the (outer, inner) radices of the fewest cycles; of about as many, the fewest spills, then stages.
+        """Return the (outer, inner) radices of the fewest cycles; of about as many, of the fewest loads and stores.
 
         Raises
         ------
@@ -102,19 +102,14 @@ class Rates:
         ]
         enough = _SAME * min(cycles for cycles, _, _ in found)
         close = [each for each in found if each[0] <= enough]
-
-        def order(cycles: float, imbalance: float, halves: Halves) -> tuple[object, ...]:
-            # a stage moves all points through memory once more, which does not show where arithmetic takes longer
-            count = len(halves[0]) + len(halves[1])
-            return round(self._spilled(halves), 6), count, round(cycles, 6), imbalance, halves
-
-        return min(close, key=lambda each: order(*each))[2]
+        return min(close, key=lambda each: (round(self._memory(each[2]), 6), round(each[0], 6), each[1:]))[2]
 
     def _cycles(self, halves: Halves) -> float:
         return sum(float(getattr(self, kind)[radix]) for kind, radix in stages(*halves))
 
-    def _spilled(self, halves: Halves) -> float:
-        return sum(self.spills[kind][radix] for kind, radix in stages(*halves))
+    def _memory(self, halves: Halves) -> float:
+        """Return the vectors that are loaded and stored for a point: 4 in every loop, and 2 for each that spills."""
+        return sum(4 + 2 * self.spills[kind][radix] for kind, radix in stages(*halves))
 
     def _factors(self, points: int) -> tuple[tuple[int, ...], ...]:
         return _factors(points, tuple(sorted(self.turn)))
@@ -163,14 +158,15 @@ def _plain(value: Any) -> Any:
 
 @functools.cache
 def _factors(points: int, radices: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the ways to factor into radices: any of them may be the last one, those before ascend.
+    """Return the ways to factor into radices: any but 2 may be the last one, those before ascend.
 
-    A small radix comes first, because LLVM unrolls the loop of a stage that has two iterations.
+    After a radix, a loop has as many iterations as the product of the next ones; LLVM unrolls one of two, and spills.
     """
     ways = set()
     for way in _ascending(points, radices, 1):
         for at, last in enumerate(way):
-            ways.add((*way[:at], *way[at + 1 :], last))
+            if last > 2 or way[-1] == 2:
+                ways.add((*way[:at], *way[at + 1 :], last))
     return tuple(sorted(ways))
 
 

@@ -43,7 +43,7 @@ def loops_in(config: AttentionConfig, target: targets.TargetSpec, name: str) -> 
 
 
 # Registers that a loop stores to the stack, at most. On 64-bit ARM none does. 32-bit ARM has 16 of them, where a radix
-# of 4 takes 8 and its twiddles up to 6; radix 2 would store none, and take a third more cycles. `sum` adds to the
+# of 4 takes 8 and its twiddles up to 6; radix 2 would store none, and take 1.4 times the cycles. `sum` adds to the
 # output.
 SPILLS = {"cortex-a72": {}, "armv7": {"forward": 2, "split": 4, "turn": 6, "unsplit": 1, "sum": 6}}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -185,9 +186,12 @@ def main() -> int:
     quick = ["nprf", "nprf+rpe"]
     names = training.chosen(parser, args.contestants, list(CONTESTANTS), quick if args.quick else list(CONTESTANTS))
     schedule = training.Schedule(args.steps or steps)
-    curves = [run(name, seed, sizes, schedule, args) for name in names for seed in range(args.seeds)]
     settings = training.settings_of(schedule, args.device, **vars(sizes))
-    training.report(curves, BITS, settings, args.out, "Language model of Python's documentation, by its bytes")
+    curves: list[dict[str, Any]] = []
+    for name, seed in itertools.product(names, range(args.seeds)):
+        curves.append(run(name, seed, sizes, schedule, args))
+        training.store(curves, settings, args.out)
+    training.report(curves, BITS, args.out, "Language model of Python's documentation, by its bytes")
     if not args.quick:
         return 0
     with_rpe, without = (training.final(curves, name, BITS) for name in ("nprf+rpe", "nprf"))

@@ -9,6 +9,7 @@ is downloaded. `--quick` ends with exit code 1 unless the two-dimensional bias e
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -166,9 +167,12 @@ def main() -> int:
     sizes, steps = (QUICK, 300) if args.quick else (FULL, 600)
     names = training.chosen(parser, args.contestants, CONTESTANTS, CONTESTANTS)
     schedule = training.Schedule(args.steps or steps)
-    curves = [run(name, seed, sizes, schedule, args) for name in names for seed in range(args.seeds)]
     settings = training.settings_of(schedule, args.device, **vars(sizes))
-    training.report(curves, RECALL, settings, args.out, "What stands three rows below and six columns right?")
+    curves: list[dict[str, Any]] = []
+    for name, seed in itertools.product(names, range(args.seeds)):
+        curves.append(run(name, seed, sizes, schedule, args))
+        training.store(curves, settings, args.out)
+    training.report(curves, RECALL, args.out, "What stands three rows below and six columns right?")
     if not args.quick:
         return 0
     with_rpe, without = (training.final(curves, name, RECALL) for name in ("nprf+rpe-2d", "nprf"))

@@ -161,14 +161,18 @@ def chosen(
     return names
 
 
-def report(curves: list[dict[str, Any]], score: str, settings: Mapping[str, Any], out: Path, title: str) -> None:
-    """Print the table, write ``results.json`` and ``curves.png``."""
+def store(curves: list[dict[str, Any]], settings: Mapping[str, Any], out: Path) -> None:
+    """Write ``results.json``: after every run, so that one that is cut off takes no other with it."""
     machine = environment(torch.get_num_threads())
     if settings["device"] == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     document = {"environment": machine, "settings": dict(settings), "runs": curves}
     text = json.dumps(document, indent=1) + "\n"
     _write_and_rename(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def report(curves: list[dict[str, Any]], score: str, out: Path, title: str) -> None:
+    """Print the table and write ``curves.png``."""
     _plot(curves, score, out / "curves.png", title)
     print(f"\n| contestant | seed | {score} | train loss | diverged at | minutes |\n|---|---:|---:|---:|---:|---:|")
     for each in curves:

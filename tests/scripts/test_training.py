@@ -125,6 +125,20 @@ class Killed(BaseException):
     pass
 
 
+def test_finished_runs_are_stored_when_a_later_one_is_killed(shapes, monkeypatch, tmp_path):
+    run = shapes.run
+
+    def run_or_die(name, *args):
+        if name == "nprf+rpe-2d":
+            raise Killed
+        return run(name, *args)
+
+    monkeypatch.setattr(shapes, "run", run_or_die)
+    with pytest.raises(Killed):
+        call(shapes, monkeypatch, "--steps", 1, "--contestants", "nprf,nprf+rpe-2d", "--out", tmp_path)
+    assert [each["contestant"] for each in runs(tmp_path)] == ["nprf"]
+
+
 @pytest.mark.parametrize(
     ("name", "contestant"), [("char_lm", "nprf+rpe"), ("char_lm", "softmax+fastrpb"), ("shapes", "nprf+rpe-2d")]
 )

@@ -67,10 +67,14 @@ def test_products_by_fft(name: str, length: int, most: float) -> None:
             assert loop.count(FUSED) > 0 and loop.count(SCALAR) == 0, (loop.label, kind)
             place = "sum" if is_value and number == len(kinds) - 1 else kind
             assert spills(loop) / butterflies <= SPILLS[name].get(place, 0), (loop.label, place)
+            # on 64-bit ARM, most of what is read from the stack is the constant sqrt(1/2), loaded once or twice
+            assert name != "cortex-a72" or loop.count(STACK) <= 14, loop.label
             found += loop.count(ARITHMETIC) / butterflies / radix
             least += minimum / radix
         print(f"{name} {config.description}: arithmetic for each point {found:.1f}, at least {least:.1f}")
         assert found <= 1.08 * least
+        instructions = sum(len(loop.instructions) for loop in loops)
+        assert name != "cortex-a72" or sum(loop.count(STACK) for loop in loops) <= 0.03 * instructions
 
 
 @pytest.mark.parametrize(("name", "accumulators"), [("cortex-a72", 16), ("armv7", 8)])

@@ -74,7 +74,7 @@ def test_sizes(n):
 
 
 @settings(max_examples=20, deadline=None)
-@given(height=st.integers(1, 6), width=st.integers(1, 6), masked=st.booleans())
+@given(height=st.integers(1, 7), width=st.integers(1, 7), masked=st.booleans())
 def test_grids(height, width, masked):
     n = height * width
     mask = torch.rand(B, 1 + n, generator=torch.Generator().manual_seed(2)) < 0.6 if masked else None

@@ -57,7 +57,7 @@ def both(got_of, want_of, tensors, rtol=1e-4):
 
 
 @settings(max_examples=25, deadline=None)
-@given(height=st.integers(1, 6), width=st.integers(1, 6), is_causal=st.booleans(), masked=st.booleans())
+@given(height=st.integers(1, 9), width=st.integers(1, 9), is_causal=st.booleans(), masked=st.booleans())
 def test_attention_is_the_dense_formula(height, width, is_causal, masked):
     tensors = inputs(height, width)
     mask = torch.rand(B, height, width, generator=torch.Generator().manual_seed(2)) < 0.6 if masked else None
@@ -75,7 +75,7 @@ def test_sizes(height, width):
 
 
 @settings(max_examples=25, deadline=None)
-@given(height=st.integers(1, 6), width=st.integers(1, 6))
+@given(height=st.integers(1, 9), width=st.integers(1, 9))
 def test_toeplitz_matmul_is_the_dense_product(height, width):
     _, _, x, weights = inputs(height, width)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.plan import gpu_choice
-from rpe_tvm.torch import hip
+from rpe_tvm.torch import eager, hip
 from rpe_tvm.torch import operators as operators  # registers torch.ops.rpe_tvm.*
 from rpe_tvm.torch.core import toeplitz_attention
 from rpe_tvm.torch.devices import check_device
@@ -75,18 +75,24 @@ def kernelized_attention(
 
     On a GPU everything runs on torch's current stream, and nothing waits for it but the check of key_lengths.
     """
+    compiled = cast(FeatureMap, feature_map) if type(feature_map) in COMPILED and key_lengths is None else None
+    if compiled is not None and query.is_cuda:
+        known = eager.attention(query, key, value, rpe_bias, compiled, is_causal)
+        if known is not None:
+            return known
     _check_inputs(query, key, value, rpe_bias)
     _check_feature_map(feature_map, query)
     group = query.shape[1] // max(key.shape[1], 1)
-    fused = cast(FeatureMap, feature_map) if type(feature_map) in COMPILED and key_lengths is None else None
-    if fused is not None and _on_tensor_cores(query, key, fused):
+    if compiled is not None and _on_tensor_cores(query, key, compiled):
         q, k, v, b = query, key, value, rpe_bias.float()
     else:
         q, k, v, b = query.float(), key.float(), value.float(), rpe_bias.float()
     if group != 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    if fused is not None:
-        out = _compiled(q, k, v, b, fused.projection.float(), fused.name, is_causal)
+    if compiled is not None:
+        out = _compiled(q, k, v, b, compiled.projection.float(), compiled.name, is_causal)
+        if query.is_cuda and q is query and k is key and v is value:
+            eager.remember(query, key, value, rpe_bias, compiled, is_causal)
     else:
         # Autocast would compute the features, and the attention on them, in half precision.
         with torch.autocast(query.device.type, enabled=False):

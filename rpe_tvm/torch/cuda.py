@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -45,25 +46,37 @@ def attention(
     is_causal : bool
         Whether query i sees only keys j <= i.
     """
-    config, functions = instance.config, instance.functions
     with current_gpu(query):
-        if isinstance(config, TensorCoreConfig):
-            tensors = (*(in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
-            if gpu_direct.is_fused(config, *query.shape[:3]):
-                functions[f"fused_{feature_map}"](*tensors, int(is_causal), out)
-            else:
-                functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
-            return
-        config = _fft_config(instance)
-        if f"forward_{feature_map}" in functions:
-            forward, tables = functions[f"forward_{feature_map}"], constant_tables(config, query.device)
-            workspace = _workspace(config, query, key)
-            forward(query, key, value, rpe_bias, projection, tables, int(is_causal), workspace, out)
-            return
-        batch, heads = query.shape[:2]
-        phi_q, phi_k = (query.new_empty(gpu_buffers.features(config, batch, heads)) for _ in range(2))
-        functions[f"features_{feature_map}"](query, key, projection, phi_q, phi_k)
-        _on_features(instance, phi_q, phi_k, value, rpe_bias, out, is_causal)
+        if isinstance(instance.config, TensorCoreConfig):
+            query, key, value = (in_whole_pieces(x) for x in (query, key, value))
+        launch(instance, query, key, feature_map, is_causal)(query, key, value, rpe_bias, projection, out)
+
+
+Launch = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # query, key, value, bias, projection, out
+
+
+def launch(instance: GpuInstance, query: Tensor, key: Tensor, feature_map: str, is_causal: bool) -> Launch:
+    """What serves calls of `attention` with tensors of these shapes, in whole pieces where tensor cores read them."""
+    config, functions, causal = instance.config, instance.functions, int(is_causal)
+    if isinstance(config, TensorCoreConfig) and gpu_direct.is_fused(config, *query.shape[:3]):
+        fused = functions[f"fused_{feature_map}"]
+        return lambda q, k, v, b, w, out: fused(q, k, v, b, w, causal, out)
+    if f"forward_{feature_map}" in functions:
+        forward, size = functions[f"forward_{feature_map}"], _workspace_bytes(config, query.shape, key.shape[2])
+        tables = () if isinstance(config, TensorCoreConfig) else (constant_tables(config, query.device),)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, b: Tensor, w: Tensor, out: Tensor) -> None:
+            forward(q, k, v, b, w, *tables, causal, torch.empty(size, dtype=torch.uint8, device=q.device), out)
+
+        return call
+    features, fft = functions[f"features_{feature_map}"], _fft_config(instance)
+
+    def call_one_by_one(q: Tensor, k: Tensor, v: Tensor, b: Tensor, w: Tensor, out: Tensor) -> None:
+        phi_q, phi_k = (q.new_empty(gpu_buffers.features(fft, q.shape[0], q.shape[1])) for _ in range(2))
+        features(q, k, w, phi_q, phi_k)
+        _on_features(instance, phi_q, phi_k, v, b, out, is_causal)
+
+    return call_one_by_one
 
 
 def attention_on_features(
@@ -90,11 +103,6 @@ def current_gpu(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
-def _workspace(config: GpuConfig, query: Tensor, key: Tensor) -> Tensor:
-    size = _workspace_bytes(config, query.shape, key.shape[2])
-    return torch.empty(size, dtype=torch.uint8, device=query.device)
-
-
 @functools.lru_cache(maxsize=256)
 def _workspace_bytes(config: GpuConfig, shape: torch.Size, n_key: int) -> int:
     batch, heads, n_query, _ = shape
@@ -104,12 +112,16 @@ def _workspace_bytes(config: GpuConfig, shape: torch.Size, n_key: int) -> int:
 
 def in_whole_pieces(x: Tensor) -> Tensor:
     """x as tensor cores' kernels load it, copied where its rows are no whole pieces of 16 bytes."""
+    return x if is_in_whole_pieces(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def is_in_whole_pieces(x: Tensor) -> bool:
+    """Whether the rows of x are whole pieces of 16 bytes."""
     if gpu_direct.is_readable(x.data_ptr(), x.stride()):
-        return x
+        return True
     # the stride of an axis of size 1 may be anything
     strides = [0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False)]
-    readable = gpu_direct.is_readable(x.data_ptr(), [*strides, x.stride(-1)])
-    return x if readable else x.clone(memory_format=torch.contiguous_format)
+    return gpu_direct.is_readable(x.data_ptr(), [*strides, x.stride(-1)])
 
 
 def _on_features(

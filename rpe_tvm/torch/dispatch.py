@@ -45,6 +45,10 @@ _loaded: dict[tuple[str, str, int], Any] = {}  # (kind, target, bucket) -> opera
 _gpu_calls: dict[tuple[int, int, int, int, str], GpuInstance] = {}
 _gpu_backward_calls: dict[tuple[int, int, int, int, str], GpuInstance] = {}
 _gpu_toeplitz_calls: dict[tuple[int, int, int], GpuInstance] = {}
+# A captured CUDA graph calls kernels without holding their library: what was loaded for a GPU stays.
+_kept: list[Any] = []
+# What others keep of `_loaded`: called when it is forgotten.
+_when_forgotten: list[Callable[[], None]] = []
 _warned: set[str] = set()
 _artefacts: Path | None = None
 
@@ -100,10 +104,18 @@ def use_artefacts(directory: str | os.PathLike[str] | None) -> None:
         _artefact_names(chosen)
     with _lock:
         _artefacts = chosen
+        _kept.extend(operator for operator in _loaded.values() if isinstance(operator, GpuInstance))
         _loaded.clear()
         _gpu_calls.clear()
         _gpu_backward_calls.clear()
         _gpu_toeplitz_calls.clear()
+        for forget in _when_forgotten:
+            forget()
+
+
+def when_forgotten(forget: Callable[[], None]) -> None:
+    """Call `forget` when operators that were found before are found anew."""
+    _when_forgotten.append(forget)
 
 
 def get_operator(n: int, num_features: int, head_dim: int) -> Instance:

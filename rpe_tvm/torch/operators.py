@@ -89,7 +89,7 @@ def check_projection(projection: Tensor, head_dim: int) -> None:
         )
 
 
-def _empty_output(query: Tensor) -> Tensor:
+def empty_output(query: Tensor) -> Tensor:
     """An uninitialised output ``[B, H, n_q, d]`` whose axes lie in memory as those of query do.
 
     A query that is ``[B, n, H, d]`` in memory gets such an output, so that a following
@@ -114,7 +114,7 @@ def _kernelized_attention(
     is_causal: bool,
 ) -> Tensor:
     check_inputs(query, key, value, rpe_bias, projection, feature_map)
-    out = _empty_output(query)
+    out = empty_output(query)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()  # no keys: zeros, as scaled_dot_product_attention gives
     instance = get_operator(max(query.shape[2], key.shape[2]), projection.shape[0], query.shape[3])
@@ -164,7 +164,7 @@ def attention_on_gpu(
     is_causal: bool,
 ) -> Tensor:
     """The operator's kernel for GPUs, on arguments that fit as `check_inputs` asks."""
-    out = _empty_output(query)
+    out = empty_output(query)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()
     n = max(query.shape[2], key.shape[2])
@@ -192,7 +192,7 @@ def _kernelized_attention_fake(
     is_causal: bool,
 ) -> Tensor:
     check_inputs(query, key, value, rpe_bias, projection, feature_map)
-    return _empty_output(query)
+    return empty_output(query)
 
 
 def _kernelized_attention_backward(
@@ -225,7 +225,7 @@ def _kernelized_attention_backward(
     return *grads, found.value, found.rpe_bias, grad_projection
 
 
-def _kernelized_attention_backward_cuda(
+def attention_backward_on_gpu(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -237,6 +237,7 @@ def _kernelized_attention_backward_cuda(
     is_causal: bool,
     of_projection: bool,
 ) -> tuple[Tensor, ...]:
+    """The gradients' kernel for GPUs, of query, key, value, rpe_bias and projection."""
     n = max(query.shape[2], key.shape[2])
     if out.numel() == 0 or key.shape[2] == 0:
         return tuple(x.new_zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
@@ -290,7 +291,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 # The dispatcher resolves conj and neg bits before it calls a kernel.
 torch.library.impl("rpe_tvm::kernelized_attention", "CompositeExplicitAutograd", _kernelized_attention)
 torch.library.impl("rpe_tvm::kernelized_attention", "CUDA", _kernelized_attention_cuda)
-torch.library.impl("rpe_tvm::kernelized_attention_backward", "CUDA", _kernelized_attention_backward_cuda)
+torch.library.impl("rpe_tvm::kernelized_attention_backward", "CUDA", attention_backward_on_gpu)
 torch.library.impl(
     "rpe_tvm::kernelized_attention_backward", "CompositeExplicitAutograd", _kernelized_attention_backward
 )

@@ -6,19 +6,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-_KINDS = (Tensor, nn.Parameter)
+_KINDS = {Tensor, nn.Parameter}
 
 
 def is_plain_call(*tensors: Tensor) -> bool:
-    """Whether the dispatcher would do nothing but call the kernel.
+    """Whether the dispatcher would do nothing but call the kernel; `is_plain`, and no gradients are recorded."""
+    return is_plain(*tensors) and not records_gradients(*tensors)
 
-    Not where gradients are recorded, something traces or transforms the call (torch.compile, functorch, modes of a
-    user's own), or a tensor is more than memory (a subclass, a pending negation).
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd sees the call.
+
+    Not where something traces or transforms it (torch.compile, functorch, modes of a user's own), or a tensor is more
+    than memory (a subclass, a pending negation).
     """
     if torch.compiler.is_compiling() or _is_watched():
         return False
-    records = torch.is_grad_enabled()
-    return all(type(x) in _KINDS and not x.is_neg() and not (records and x.requires_grad) for x in tensors)
+    return _KINDS.issuperset(map(type, tensors)) and not any([x.is_neg() for x in tensors])  # noqa: C419  as below
+
+
+def records_gradients(*tensors: Tensor) -> bool:
+    """Whether autograd records a call with these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    return any([x.requires_grad for x in tensors])  # noqa: C419  a list is faster than a generator
 
 
 def _is_watched() -> bool:

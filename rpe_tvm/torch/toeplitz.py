@@ -14,7 +14,7 @@ from rpe_tvm.torch import cuda_toeplitz
 from rpe_tvm.torch.devices import check_nvidia
 from rpe_tvm.torch.dispatch import get_gpu_toeplitz, get_toeplitz
 from rpe_tvm.torch.layouts import last_axis_contiguous
-from rpe_tvm.torch.operators import _empty_output, check_tensor
+from rpe_tvm.torch.operators import check_tensor, empty_output
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -84,7 +84,7 @@ def _check(weights: Tensor, x: Tensor, n_out: int) -> None:
 
 def _empty(x: Tensor, n_out: int) -> Tensor:
     """An uninitialised output, its axes in memory as those of x where it has as many positions."""
-    return _empty_output(x) if n_out == x.shape[2] else x.new_empty((*x.shape[:2], n_out, x.shape[3]))
+    return empty_output(x) if n_out == x.shape[2] else x.new_empty((*x.shape[:2], n_out, x.shape[3]))
 
 
 def _matmul(weights: Tensor, x: Tensor, n_out: int) -> Tensor:

@@ -223,7 +223,7 @@ def test_numbers(
     grad_out, *tensors = inputs.values()
     arrays = [x.double().numpy() for x in inputs.values()]
     out = reference.attention(*arrays[1:], feature_map=feature_map, is_causal=is_causal)[2]
-    found = operators._kernelized_attention_backward_cuda(
+    found = operators.attention_backward_on_gpu(
         grad_out, *tensors, torch.tensor(out).float(), feature_map, is_causal, True
     )
     want = reference.attention_gradients(*arrays, feature_map, is_causal)
@@ -239,7 +239,7 @@ def test_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention is the value itself: no other gradient."""
     _serve(monkeypatch, SHORT)
     grad_out, query, key, value, bias, projection = _inputs(1, 1, D).values()
-    found = operators._kernelized_attention_backward_cuda(
+    found = operators.attention_backward_on_gpu(
         grad_out, query, key, value, bias, projection, value, "prf", True, False
     )
     torch.testing.assert_close(found[2], grad_out.contiguous(), rtol=1e-5, atol=1e-5)
@@ -272,6 +272,6 @@ def test_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = [*(x.float() for x in half), bias, projection]
     arrays = [x.double().numpy() for x in exact]
     out = torch.tensor(reference.attention(*arrays[1:], feature_map="nprf")[2])
-    found = operators._kernelized_attention_backward_cuda(*half, bias, projection, out.bfloat16(), "nprf", False, True)
+    found = operators.attention_backward_on_gpu(*half, bias, projection, out.bfloat16(), "nprf", False, True)
     assert [x.dtype for x in found] == [torch.bfloat16] * 3 + [torch.float32] * 2
     _check(found, reference.attention_gradients(*arrays, "nprf"), 4 * torch.finfo(torch.bfloat16).eps)

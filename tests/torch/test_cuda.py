@@ -261,7 +261,7 @@ def test_gradients_say_what_works() -> None:
     bias, projection = torch.empty(1, 2 * n - 1), torch.empty(M, D)
     says = rf"up to {n - 1} queries and keys so far, got {n}.*torch.no_grad\(\).*\.cpu\(\)"
     with pytest.raises(GpuGradientError, match=says):
-        operators._kernelized_attention_backward_cuda(x, x, x, x, bias, projection, x, "prf", False, True)
+        operators.attention_backward_on_gpu(x, x, x, x, bias, projection, x, "prf", False, True)
     with pytest.raises(GpuGradientError, match=says):
         core._backward_cuda(x, x, x, x, bias, x, torch.zeros(1, 1, n, 1, dtype=torch.bool), False)
 
@@ -269,7 +269,7 @@ def test_gradients_say_what_works() -> None:
 def test_gradients_of_nothing_are_zero() -> None:
     query, key, value, bias, projection = _inputs(5, 5)
     inputs = query, key[:, :, :0], value[:, :, :0], bias[:, :4], projection
-    found = operators._kernelized_attention_backward_cuda(query, *inputs, query, "prf", False, True)
+    found = operators.attention_backward_on_gpu(query, *inputs, query, "prf", False, True)
     assert all(torch.equal(grad, torch.zeros(x.shape)) for grad, x in zip(found, inputs, strict=True))
 
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rpe_tvm.errors import ShapeError
-from rpe_tvm.torch import NPRF, kernelized_attention, operators
+from rpe_tvm.torch import NPRF, eager, kernelized_attention, operators
 from rpe_tvm.torch.plain import is_plain_call
 
 
@@ -78,6 +78,7 @@ def direct_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(operators, "attention_on_gpu", kernel)
+    monkeypatch.setattr(eager, "remember", lambda *call: None)
     return calls
 
 

@@ -1,0 +1,164 @@
+"""Calls on a GPU that are like one before: what is skipped, and what makes a call another one. No GPU is needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rpe_tvm.errors import SecondGradientError, ShapeError
+from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.runtime import GpuInstance
+from rpe_tvm.torch import NPRF, PRF, attention, cuda, eager, kernelized_attention, operators, use_artefacts
+
+N, D, M = 10, 40, 16  # m and d of other tests, which share compiled operators
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _dense(query: Any, key: Any, value: Any, bias: Any, projection: Any, is_causal: bool) -> torch.Tensor:
+    n_q, n_k = query.shape[2], key.shape[2]
+    offsets = torch.arange(n_k) - torch.arange(n_q)[:, None]
+    weights = bias.exp()[:, offsets + n_q - 1] * ((offsets <= 0) | (not is_causal))
+    query, key, value = query.float(), key.float(), value.float()
+    scores = (query @ projection.T).exp() @ (key @ projection.T).exp().mT * weights
+    result: torch.Tensor = scores @ value / scores.sum(-1, keepdim=True)
+    return result
+
+
+@pytest.fixture(params=[GpuAttentionConfig(M, D, 64, (8, 8), 32), TensorCoreConfig(M, D, 64, "bfloat16")])
+def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tensors say that they are on a GPU, whose kernels are plain torch. Which calls were checked."""
+    calls: list[str] = []
+
+    def forward(q: Any, k: Any, v: Any, b: Any, w: Any, *rest: Any) -> None:
+        rest[-1].copy_(_dense(q, k, v, b, w, bool(rest[-3])))
+
+    def backward(grad_out: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        *tensors, _, _, is_causal, _ = arguments
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        with torch.enable_grad():
+            return torch.autograd.grad(_dense(*tensors, is_causal), tensors, grad_out)
+
+    def check(*arguments: Any) -> None:
+        calls.append("checked")
+        inner(*arguments)
+
+    inner = attention._check_inputs
+    instance = GpuInstance(request.param, {"forward_prf": forward, "forward_nprf": forward})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(attention, "_check_inputs", check)
+    monkeypatch.setattr(operators, "attention_backward_on_gpu", backward)
+    for module in (eager, operators):
+        monkeypatch.setattr(module, "get_gpu_operator", lambda *call: instance)
+    for user in (eager, cuda):
+        monkeypatch.setattr(user, "current_gpu", lambda x: contextlib.nullcontext())
+    eager._known.clear()
+    return calls
+
+
+def _inputs() -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [*torch.randn(3, 2, 3, N, D, generator=g).unbind(), torch.randn(3, 2 * N - 1, generator=g)]
+
+
+def _map() -> NPRF:
+    return NPRF(torch.randn(M, D, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_an_equal_call_is_not_checked_again(checked: list[str], is_causal: bool) -> None:
+    first = kernelized_attention(*_inputs(), feature_map=_map(), is_causal=is_causal)
+    others = [torch.randn_like(x) for x in _inputs()]
+    out = kernelized_attention(*others, feature_map=_map(), is_causal=is_causal)
+    assert checked == ["checked"]
+    torch.testing.assert_close(first, _dense(*_inputs(), _map().projection, is_causal))
+    torch.testing.assert_close(out, _dense(*others, _map().projection, is_causal))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v, b: (q[:, :, 1:], k, v, b[:, 1:]),
+        lambda q, k, v, b: (q, k[:, :, 1:], v[:, :, 1:], b[:, 1:]),
+        lambda q, k, v, b: (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, b),
+        lambda q, k, v, b: (q.bfloat16(), k.bfloat16(), v.bfloat16(), b),
+        lambda q, k, v, b: (q, k, torch.zeros(v.numel() + 1)[1:].view(v.shape), b),
+        lambda q, k, v, b: (q[:1], k[:1], v[:1], b),
+    ],
+    ids=["queries", "keys", "strides", "dtype", "address", "batch"],
+)
+def test_another_call_is_checked(checked: list[str], change: Callable[..., Any]) -> None:
+    kernelized_attention(*_inputs(), feature_map=_map())
+    kernelized_attention(*change(*_inputs()), feature_map=_map())
+    assert checked == ["checked", "checked"]
+
+
+def test_other_arguments_are_checked(checked: list[str]) -> None:
+    kernelized_attention(*_inputs(), feature_map=_map())
+    kernelized_attention(*_inputs(), feature_map=_map(), is_causal=True)
+    kernelized_attention(*_inputs(), feature_map=PRF(_map().projection))
+    assert checked == ["checked"] * 3
+    with pytest.raises(ShapeError, match="rpe_bias"):
+        query, key, value, bias = _inputs()
+        kernelized_attention(query, key, value, bias[:, 1:], feature_map=_map())
+    with pytest.raises(ShapeError, match="projection"):
+        kernelized_attention(*_inputs(), feature_map=NPRF(torch.ones(M, D + 1)))
+    with _Mode():
+        kernelized_attention(*_inputs(), feature_map=_map())
+    assert checked == ["checked"] * 6
+    use_artefacts(None)
+    kernelized_attention(*_inputs(), feature_map=_map())
+    assert checked == ["checked"] * 7
+
+
+def test_what_kernels_do_not_read_in_place_is_not_remembered(checked: list[str]) -> None:
+    query, key, value, bias = _inputs()
+    apart = torch.stack((bias, bias), -1)[..., 0]
+    turned = key.mT.contiguous().mT
+    for inputs in ((query, key, value, apart), (query, turned, value, bias), (query[:, :0], key[:, :0], value[:, :0])):
+        more = () if len(inputs) == 4 else (bias[:0],)
+        kernelized_attention(*inputs, *more, feature_map=_map())
+    assert not eager._known
+
+
+def test_only_so_many_are_kept(checked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "MOST_CALLS", 2)
+    query, key, value, bias = _inputs()
+    for n in range(2, N):
+        x = query[:, :, :n], key[:, :, :n], value[:, :, :n], bias[:, : 2 * n - 1].contiguous()
+        torch.testing.assert_close(kernelized_attention(*x, feature_map=_map()), _dense(*x, _map().projection, False))
+        assert len(eager._known) <= 2
+
+
+def test_gradients(checked: list[str]) -> None:
+    with torch.no_grad():
+        kernelized_attention(*_inputs(), feature_map=_map())
+    inputs, grad_out = [x.requires_grad_() for x in _inputs()], torch.randn(2, 3, N, D)
+    feature_map = NPRF(_map().projection.requires_grad_())
+    wanted = [*inputs, feature_map.projection]
+    out = kernelized_attention(*inputs, feature_map=feature_map)
+    expected = torch.autograd.grad(_dense(*inputs, feature_map.projection, False), wanted, grad_out)
+    found = torch.autograd.grad(out, wanted, grad_out)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert checked == ["checked"]
+
+
+def test_gradients_of_gradients_are_refused(checked: list[str]) -> None:
+    with torch.no_grad():
+        kernelized_attention(*_inputs(), feature_map=_map())
+    query, *others = _inputs()
+    out = kernelized_attention(query.requires_grad_(), *others, feature_map=_map())
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(SecondGradientError):
+        grad.sum().backward()
+    assert checked == ["checked"]

@@ -47,8 +47,7 @@ class LearnedBias(nn.Module):
 
     def forward(self, n_q: int, n_k: int | None = None) -> Tensor:
         """Bias of n_q queries and n_k keys (n_q by default), ``[H, n_q + n_k - 1]``."""
-        last = self.max_length - 1
-        return self.rpe_bias.index_select(1, _offsets(n_q, n_k, self.rpe_bias.device).clamp(-last, last) + last)
+        return entries(self.rpe_bias, n_q, n_q if n_k is None else n_k)
 
     def extra_repr(self) -> str:
         """The arguments that the module was made with."""
@@ -326,6 +325,16 @@ class LearnedBias2d(nn.Module):
         return f"num_heads={self.num_heads}, max_height={self.max_height}, max_width={self.max_width}"
 
 
+def entries(table: Tensor, n_q: int, n_k: int) -> Tensor:
+    """Entries of a table of offsets ``[H, 2 L - 1]`` for n_q queries and n_k keys; beyond it its first or last one."""
+    last = table.shape[1] // 2
+    # Sizes may be symbols where something traces: one formula serves all of them. Elsewhere five kernels are saved.
+    are_numbers = not torch.compiler.is_compiling() and type(n_q) is int and type(n_k) is int
+    if are_numbers and min(n_q, n_k) >= 0 and max(n_q, n_k) <= last + 1:
+        return table[:, last - n_q + 1 : last + n_k].contiguous()
+    return table.index_select(1, _offsets(n_q, n_k, table.device).clamp(-last, last) + last)
+
+
 def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
@@ -337,7 +346,7 @@ def _offsets(n_q: int, n_k: int | None, device: torch.device) -> Tensor:
     n_k = n_q if n_k is None else n_k
     if n_q < 0 or n_k < 0:
         raise ShapeError(f"Invalid length: expected a number of positions of at least 0, got {n_q} and {n_k}.")
-    return torch.arange(1 - n_q, max(n_k, 1 - n_q), device=device)
+    return torch.arange(max(n_q + n_k - 1, 0), device=device) - (n_q - 1)
 
 
 def _distances(n_q: int, n_k: int | None, device: torch.device) -> Tensor:

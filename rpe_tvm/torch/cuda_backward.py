@@ -128,11 +128,12 @@ def _on_tensor_cores(
     with current_gpu(query):
         rows = [in_whole_pieces(last_axis_contiguous(x)) for x in (query, key, value, out, grad_out)]
         rows_q, rows_k = (gpu_direct.round_up(n, config.positions) for n in (n_q, n_k))
-        places, size = gpu_workspace.places(config, batch, heads, rows_q, rows_k)
+        places, size = _tile_places(config, batch, heads, rows_q, rows_k)
         between = torch.empty(size, dtype=torch.uint8, device=query.device)
         shape = gpu_direct_backward.diagonals_shape(config, batch, heads, n_q, n_k)
         diagonals = torch.empty(shape, dtype=torch.float32, device=query.device)
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value, rpe_bias)]
+        tensors = query, key, value, rpe_bias
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
         blocks = rows_q // config.positions, rows_k // config.positions
         inputs = *rows[:3], rpe_bias.contiguous(), projection, *rows[3:], int(is_causal), int(of_projection), *blocks
         instance.functions[f"backward_{feature_map}"](*inputs, between, diagonals, *grads)
@@ -144,6 +145,14 @@ def _on_tensor_cores(
                 exponent = exponent[:, :, : x.shape[2], : config.num_features]
                 grad_projection += _projection_gradient(feature_map, x.float(), exponent.mT)
     return *grads, grad_projection
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_places(
+    config: TensorCoreBackwardConfig, batch: int, heads: int, rows_q: int, rows_k: int
+) -> tuple[dict[str, gpu_workspace.Place], int]:
+    places, size = gpu_workspace.places(config, batch, heads, rows_q, rows_k)
+    return places, int(size)
 
 
 def attention_on_features_backward(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rpe_tvm.errors import ShapeError
 from rpe_tvm.torch.attention import kernelized_attention
+from rpe_tvm.torch.bias import entries
 from rpe_tvm.torch.feature_maps import FeatureMapFunction, make_feature_map
 from rpe_tvm.torch.projection import draw_projection
 from rpe_tvm.torch.redraw import next_projection
@@ -176,9 +177,7 @@ class KernelizedAttention(nn.Module):
             rpe_bias: Tensor = self.bias(n_q, n_k)
             return rpe_bias
         assert self.rpe_bias is not None and self.max_length is not None  # one of them is there, see _add_bias
-        last = self.max_length - 1
-        offsets = torch.arange(max(n_q + n_k - 1, 0), device=self.rpe_bias.device) - (n_q - 1)
-        return self.rpe_bias.index_select(1, offsets.clamp(-last, last) + last)
+        return entries(self.rpe_bias, n_q, n_k)
 
     def _current_feature_map(self) -> FeatureMapFunction:
         if not isinstance(self.feature_map, str):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rpe_tvm.errors import SecondGradientError, ShapeError
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.torch import NPRF, PRF, attention, cuda, eager, kernelized_attention, operators, use_artefacts
 
@@ -34,7 +35,13 @@ def _dense(query: Any, key: Any, value: Any, bias: Any, projection: Any, is_caus
     return result
 
 
-@pytest.fixture(params=[GpuAttentionConfig(M, D, 64, (8, 8), 32), TensorCoreConfig(M, D, 64, "bfloat16")])
+@pytest.fixture(
+    params=[
+        GpuAttentionConfig(M, D, 64, (8, 8), 32),
+        TensorCoreConfig(M, D, 64, "bfloat16"),
+        TileConfig(M, D, 128, 1, 1),
+    ]
+)
 def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tensors say that they are on a GPU, whose kernels are plain torch. Which calls were checked."""
     calls: list[str] = []

@@ -57,6 +57,8 @@ class TensorCoreConfig:
     fused : bool
         Whether a block makes features and weights itself, for at most `length` keys: one launch instead of three, see
         `fused`.
+    cluster : int
+        Blocks of a fused kernel that share the features of all keys, each making an equal part; 1: each makes all.
     """
 
     num_features: int
@@ -71,6 +73,7 @@ class TensorCoreConfig:
     blocks: int = 1
     matrix_sums: bool = False
     fused: bool = False
+    cluster: int = 1
 
     op: ClassVar[str] = "attention"
 
@@ -106,6 +109,9 @@ class TensorCoreConfig:
     def _check_fused(self) -> None:
         if self.head_dim % ROWS:
             raise ValueError(f"Invalid head_dim: expected a multiple of {ROWS} for fused, got {self.head_dim}.")
+        if self.cluster > 1:
+            self._check_clustered()
+            return
         if self.stages < 3:
             raise ValueError(f"Invalid stages: expected at least 3 for fused, got {self.stages}.")
         warps = self.warps_q * self.warps_k
@@ -113,6 +119,17 @@ class TensorCoreConfig:
             raise ValueError(
                 f"Invalid tile_k: expected a multiple of {ROWS * warps} for {warps} warps that make features, got "
                 f"{self.tile_k}."
+            )
+
+    def _check_clustered(self) -> None:
+        if self.cluster not in (2, 4, 8):
+            raise ValueError(f"Invalid cluster: expected 1, 2, 4 or 8 blocks, got {self.cluster}.")
+        if self.padded_features > 32:
+            raise ValueError(f"Invalid num_features: expected at most 32 for clusters, got {self.num_features}.")
+        if self.keys_of_turn % self.tile_k:
+            raise ValueError(
+                f"Invalid tile_k: expected a divisor of {self.keys_of_turn}, the keys whose features {self.cluster} "
+                f"blocks make at once, got {self.tile_k}."
             )
 
     @property
@@ -154,10 +171,10 @@ class TensorCoreConfig:
     def stage_bytes(self) -> int:
         """Shared memory of one tile: phi_k, value, and the weights of all offsets from its queries to its keys.
 
-        Fused: key and value.
+        Fused: key and value, in a cluster value alone.
         """
         if self.fused:
-            return 2 * self.tile_k * self.value_row_bytes
+            return (2 if self.cluster == 1 else 1) * self.tile_k * self.value_row_bytes
         return self.tile_k * (self.key_row_bytes + self.value_row_bytes) + 4 * (self.tile_q + self.tile_k)
 
     @property
@@ -170,13 +187,27 @@ class TensorCoreConfig:
     def fused_bytes(self) -> tuple[int, int, int, int]:
         """Shared memory behind the tiles: phi_k of two of them, queries, the projection, weights of all offsets.
 
-        A row of the projection is W rounded, then what rounding lost.
+        In a cluster phi_k of all, where the block's own part of the keys lies before. A row of the projection is W
+        rounded, then what rounding lost.
         """
         phi_k = 2 * self.tile_k * self.key_row_bytes
+        if self.cluster > 1:
+            keys = self.key_turns * self.keys_of_turn
+            phi_k = max(keys * self.key_row_bytes, keys // self.cluster * self.value_row_bytes)
         queries = self.tile_q * self.value_row_bytes
         projection = self.padded_features * self.projection_row_bytes
         weights = 4 * (self.tile_q + round_up(self.length, self.tile_k))
         return phi_k, queries, projection, weights
+
+    @property
+    def keys_of_turn(self) -> int:
+        """Keys whose features all warps of a cluster make at once."""
+        return ROWS * self.warps_q * self.warps_k * self.cluster
+
+    @property
+    def key_turns(self) -> int:
+        """How often they do so, at most."""
+        return -(-self.length // self.keys_of_turn)
 
     @property
     def projection_row_bytes(self) -> int:

@@ -84,6 +84,27 @@ def store_shared_pair(shared: Expr, offset: int, pair: Expr) -> None:
     T.evaluate(T.ptx["st.shared.u32"](T.ptx.addr(shared, offset), pair))
 
 
+def address_in_block(target: Expr, shared: Expr, rank: Expr) -> None:
+    """Put the address into a register under which a block of the cluster has what lies at `shared` here."""
+    T.evaluate(T.ptx["mapa.shared::cluster.u32"](target, shared, rank))
+
+
+def store_remote(shared: Expr, offset: int, words: Sequence[Expr]) -> None:
+    """Store two or four words in the shared memory of a block of the cluster."""
+    store = T.ptx[f"st.shared::cluster.v{len(words)}.u32"]
+    T.evaluate(store(T.ptx.addr(shared, offset), *words))
+
+
+def cluster_arrive() -> None:
+    """Tell the blocks of the cluster that all above is done; to be followed by `cluster_wait`."""
+    T.evaluate(T.ptx["barrier.cluster.arrive.release.aligned"]())
+
+
+def cluster_wait() -> None:
+    """Wait until all blocks of the cluster have arrived."""
+    T.evaluate(T.ptx["barrier.cluster.wait.acquire.aligned"]())
+
+
 def multiply_add(dtype: str, accumulator: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> None:
     """Add A B to the accumulator: 16 x 8 float32 (4 registers), A 16 x 16 (4), B 16 x 8 (2), all of 16-bit numbers."""
     name = PTX_NAMES[dtype]

@@ -1,0 +1,173 @@
+"""Attention with RPE on tensor cores in one launch, where the blocks of a cluster share the features of the keys.
+
+Each block makes the features of its part of the keys and stores them into the shared memory of all blocks of its
+cluster. What is left for every tile of keys are scores and sums. sm_90 and later.
+Source: Luo et al. 2021, Eq. 10, multiplied out.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm.script import tirx as T
+
+from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, ROWS, WARP, TensorCoreConfig
+from rpe_tvm.te import cuda_warp as warp
+from rpe_tvm.te.cuda_function import blocks_at_once, function, let, named
+from rpe_tvm.te.cuda_fused import Arguments, Weights, arguments, load_rows, query_features
+from rpe_tvm.te.cuda_sixteen import load_projection, sixteen_rows, store_projection
+from rpe_tvm.te.cuda_tile import CHUNK, Lane, Sums, add_partial_sums, add_tile, share, write
+from rpe_tvm.te.cuda_warp import Expr
+from rpe_tvm.te.features import FeatureMap
+
+
+def clustered_attention(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.tirx.PrimFunc:
+    """Return the scheduled function `clustered_<map>(query, key, value, rpe_bias, projection, causal, out)` for CUDA.
+
+    Arguments of the function: as `fused_attention`.
+    """
+    with function(f"clustered_{feature_map}") as built:
+        _build(config, feature_map)
+    return built.get()
+
+
+def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
+    args, batch, heads = arguments(config)
+    too_long = f"Too many keys: expected at most {config.length}; take the operator of a longer bucket."
+    warps, size = config.threads // WARP, config.cluster
+    queries_of_cluster = config.tile_q * size
+    blocks = (args.n_query + queries_of_cluster - 1) // queries_of_cluster * size
+    with (
+        T.Assert(args.n_key <= config.length, too_long),
+        T.launch_thread("blockIdx.x", blocks) as block,
+        T.launch_thread("blockIdx.y", heads) as h,
+        T.launch_thread("blockIdx.z", batch) as b,
+        T.launch_thread("clusterCtaIdx.x", size) as cluster_rank,
+        T.launch_thread("threadIdx.x", config.threads) as thread,
+        blocks_at_once(config.blocks),
+    ):
+        rank = let("rank", cluster_rank)
+        # with a causal mask the last rows have most to do: they start first. Blocks past the last query help only
+        first_q = let("first_q", (blocks - 1 - block) * config.tile_q)
+        shared = T.alloc_buffer((config.shared_bytes,), "uint8", scope="shared.dyn", align=CHUNK_BYTES)
+        # a pointer to all of it: of a pointer to an element TVM would keep that element only
+        base = let("base", T.cuda.cvta_generic_to_shared(shared.access_ptr("rw")))
+        seen = T.Select(args.causal != 0, T.min(args.n_key, first_q + config.tile_q), args.n_key)
+        needed = T.Select(first_q < args.n_query, (seen + config.tile_k - 1) // config.tile_k, T.int64(0))
+        tiles = let("tiles", T.Cast("int32", needed))
+
+        phi_bytes, query_bytes, projection_bytes, _ = config.fused_bytes
+        phi_k = base + T.uint32(config.stages * config.stage_bytes)
+        queries = phi_k + T.uint32(phi_bytes)
+        projection = queries + T.uint32(query_bytes)
+        strip = projection + T.uint32(projection_bytes)
+        lane = Lane(config, thread, phi_k, base, strip)
+
+        weights = Weights(config, args, thread, h, first_q)
+        # the block's keys lie where all features lie later
+        _load_keys(config, args, phi_k, thread, b, h, rank)
+        load_rows(config, args.query, args.n_query, queries, thread, b, h, first_q, config.tile_q)
+        warp.commit()
+        for stage in range(config.stages - 1):
+            with T.If(stage < tiles), T.Then():
+                _load_values(config, args, base + T.uint32(stage * config.stage_bytes), thread, b, h, stage)
+            warp.commit()
+        store_projection(config, args.projection, projection, thread)
+        warp.wait(config.stages - 1)
+        warp.barrier()
+
+        rows = (lane.lane % 16) * config.value_row_bytes + lane.lane // 16 * CHUNK_BYTES
+        keys = let("rows_of_keys", phi_k + warp.uint32(thread // WARP * (ROWS * config.value_row_bytes) + rows))
+        # 16 keys of a block's warp after those of the other blocks'
+        first_k = let("first_of_keys", (thread // WARP * size + rank) * ROWS + lane.group)
+        w = load_projection(config, feature_map, projection, lane.lane, interleaved=True)
+        words = config.padded_features // 8
+        made = named("made", warp.registers(config.key_turns * 2 * words, "uint32"))
+
+        def in_turns(action: object) -> None:
+            for turn in range(config.key_turns):
+                with T.If(turn * config.keys_of_turn < args.n_key), T.Then():
+                    action(turn)  # type: ignore[operator]
+
+        def make(turn: int) -> None:
+            key = let("key", T.Cast("int64", first_k) + turn * config.keys_of_turn)
+            exists = [key < args.n_key, key + 8 < args.n_key]
+            packed = sixteen_rows(
+                config, w, keys + T.uint32(turn * warps * ROWS * config.value_row_bytes), exists
+            )
+            for lower in (0, 1):
+                for tile in range(words):
+                    T.buffer_store(made, packed[2 * tile + lower], [(turn * 2 + lower) * words + tile])
+
+        def store(turn: int) -> None:
+            for lower in (0, 1):
+                four = [made[(turn * 2 + lower) * words + tile] for tile in range(words)]
+                row = turn * config.keys_of_turn + lower * 8
+                warp.store_remote(remote[0], row * config.key_row_bytes, four)
+
+        in_turns(make)
+        # no block may overwrite keys that another one still reads
+        warp.cluster_arrive()
+        w = load_projection(config, feature_map, projection, lane.lane)
+        phi_q = query_features(config, w, let("queries", queries + warp.uint32(rows)), lane)
+        warp.cluster_wait()
+        mine = let("mine", phi_k + warp.uint32(first_k * config.key_row_bytes + lane.pair * (4 * words)))
+        remote = named("remote", warp.registers(1, "uint32"))
+        for other in range(size):
+            warp.address_in_block(remote[0], mine, warp.uint32((rank + other) % size))
+            in_turns(store)
+        warp.cluster_arrive()
+        weights.store(strip)
+        warp.cluster_wait()
+
+        sums = Sums(config)
+        # where the stage in use lies: a register, see direct_attention
+        used = named("used", warp.registers(1, "uint32"))
+        stage_bytes = T.uint32(config.stage_bytes)
+        last = T.uint32((config.stages - 1) * config.stage_bytes)
+        T.buffer_store(used, T.uint32(0), [0])
+        with T.serial(tiles) as tile:
+            warp.wait(config.stages - 2)
+            warp.barrier()
+            ahead = tile + (config.stages - 1)
+            with T.If(ahead < tiles), T.Then():
+                free = let("free", base + T.Select(used[0] == 0, last, used[0] - stage_bytes))
+                _load_values(config, args, free, thread, b, h, ahead)
+            warp.commit()
+            add_tile(
+                config,
+                phi_q,
+                sums,
+                let("key_address", lane.keys + warp.uint32(tile * (config.tile_k * config.key_row_bytes))),
+                let("value_address", lane.values + used[0]),
+                let("weight_address", lane.weights + warp.uint32(tile * (4 * config.tile_k))),
+            )
+            T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + stage_bytes), [0])
+        if config.warps_k > 1:
+            add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)
+        with T.If(lane.warp_k == 0), T.Then():
+            write(config, args.out, args.n_query, lane, sums, b, h, first_q)
+
+
+def _load_keys(
+    config: TensorCoreConfig, args: Arguments, target: Expr, thread: Expr, b: Expr, h: Expr, rank: Expr
+) -> None:
+    """Start the copies of the block's part of the keys: of every `cluster` times 16 keys, 16."""
+    chunks = config.head_dim // CHUNK
+    n = T.Cast("int32", args.n_key)
+
+    def copy(chunk: Expr) -> None:
+        row, column = chunk // chunks, chunk % chunks
+        key = (row // ROWS * config.cluster + rank) * ROWS + row % ROWS
+        pointer = args.key.ptr_to([b, h, T.Cast("int64", key), column * CHUNK])
+        to = target + warp.uint32(row * config.value_row_bytes + column * CHUNK_BYTES)
+        warp.copy_async(to, pointer, ignore=key >= n)
+
+    share(config.threads, thread, config.key_turns * config.keys_of_turn // config.cluster * chunks, copy)
+
+
+def _load_values(
+    config: TensorCoreConfig, args: Arguments, stage: Expr, thread: Expr, b: Expr, h: Expr, tile: Expr
+) -> None:
+    """Start the copies of a tile of value."""
+    first = let("first_k", T.Cast("int64", tile) * config.tile_k)
+    load_rows(config, args.value, args.n_key, stage, thread, b, h, first, config.tile_k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from rpe_tvm.plan.buckets import bucket_length
@@ -18,6 +18,8 @@ MAX_SHARED_BYTES = 227 * 1024  # what one block may use on sm_90; 163 KiB on sm_
 CHUNK_BYTES = 16  # what a thread copies to shared memory at once
 FUSED_LENGTH = 1024  # keys that the fused kernel takes at most
 FUSED_BLOCKS = 132  # multiprocessors of an H100, which holds one such block each
+CLUSTER_BLOCKS = 128  # of them in whole clusters: a GPC has 16 or 18, and no cluster spans two
+CLUSTER_ARCH = 90  # the first architecture that has clusters
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -299,6 +301,23 @@ def is_fused(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> 
     """
     one = fused(config)
     return one is not None and batch * heads * -(-n_query // one.tile_q) <= FUSED_BLOCKS
+
+
+@functools.cache
+def clustered(config: TensorCoreConfig) -> TensorCoreConfig | None:
+    """Return the config of the kernel that takes the place of `fused` where the GPU has clusters, if there is one."""
+    one = fused(config)
+    return None if one is None else replace(one, cluster=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_clustered(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> bool:
+    """Return whether that kernel serves a call: all its blocks run at once."""
+    one = clustered(config)
+    if one is None:
+        return False
+    blocks = round_up(-(-n_query // one.tile_q), one.cluster)
+    return batch * heads * blocks <= CLUSTER_BLOCKS
 
 
 def is_readable(address: int, strides: Sequence[int]) -> bool:

@@ -15,6 +15,7 @@ from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import GpuInstance
+from rpe_tvm.runtime.gpu import gpus
 
 
 def attention(
@@ -49,7 +50,9 @@ def attention(
     with current_gpu(query):
         if isinstance(config, TensorCoreConfig):
             tensors = (*(in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
-            if gpu_direct.is_fused(config, *query.shape[:3]):
+            if gpu_direct.is_clustered(config, *query.shape[:3]) and _has_clusters(query.get_device()):
+                functions[f"clustered_{feature_map}"](*tensors, int(is_causal), out)
+            elif gpu_direct.is_fused(config, *query.shape[:3]):
                 functions[f"fused_{feature_map}"](*tensors, int(is_causal), out)
             else:
                 functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
@@ -88,6 +91,11 @@ def current_gpu(x: Tensor) -> AbstractContextManager[object]:
     """Make x's GPU the current one for a while: the functions do that, and would leave it so."""
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+
+
+@functools.cache
+def _has_clusters(device: int) -> bool:
+    return int(gpus()[device].arch.removeprefix("sm_")) >= gpu_direct.CLUSTER_ARCH
 
 
 def _workspace(config: GpuConfig, query: Tensor, key: Tensor) -> Tensor:

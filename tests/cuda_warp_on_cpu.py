@@ -75,6 +75,7 @@ static void meet(Barrier& barrier) {
   while (barrier.generation == generation) give_way();
 }
 static void __syncthreads() { meet(blocks[self->rank]); }
+static void __syncwarp() { meet(warps[self->rank * 32 + self->index / 32]); }
 static void cluster_arrive() {
   self->seen = cluster.generation;
   if (++cluster.arrived == cluster.threads) { cluster.arrived = 0; cluster.generation++; }
@@ -87,11 +88,43 @@ static unsigned char* at_rank(int rank, uint32_t address, uint32_t bytes) {
 }
 static unsigned char* at_shared(uint32_t address, uint32_t bytes) { return at_rank(self->rank, address, bytes); }
 static uint32_t in_block(uint32_t address, uint32_t rank) { return address + (rank + 1) * RANK; }
-static void store_in_block(uint32_t address, std::initializer_list<uint32_t> words) {
+// arrivals count bytes; what is sent to another block comes at once or when all else waits for it
+struct Sent { unsigned char *target, *source; uint32_t size; void* arrival; };
+struct Arrival { int32_t made, missing; };
+static std::vector<Sent> on_the_way;
+static void deliver(const Sent& sent) {
+  memcpy(sent.target, sent.source, sent.size);
+  Arrival arrival;
+  memcpy(&arrival, sent.arrival, 8);
+  arrival.missing -= sent.size;
+  memcpy(sent.arrival, &arrival, 8);
+}
+static unsigned char* at_block(uint32_t address, uint32_t bytes) {
   uint32_t rank = address / RANK - 1;
   if (rank >= blocks.size()) fail("no address of a block of the cluster");
   if (begun[rank] == 0 || ended[rank] == blocks[rank].threads) fail("a block of the cluster does not run yet or any more");
-  memcpy(at_rank(rank, address % RANK, 4 * words.size()), words.begin(), 4 * words.size());
+  return at_rank(rank, address % RANK, bytes);
+}
+static void send(uint32_t target, uint32_t source, uint32_t size, uint32_t arrival) {
+  if (size % 16) fail("no whole pieces of 16 bytes");
+  at_block(target + size - 16, 16);
+  Sent sent{at_block(target, 16), at_shared(source, 16), size, at_block(arrival, 8)};
+  if (copies_late) on_the_way.push_back(sent);
+  else deliver(sent);
+}
+static void expect(uint32_t address, int32_t size) {
+  Arrival arrival{1, size};
+  memcpy(at_shared(address, 8), &arrival, 8);
+}
+static uint32_t test_wait(uint32_t address) {
+  Arrival arrival;
+  memcpy(&arrival, at_shared(address, 8), 8);
+  if (arrival.made != 1) fail("nothing is expected here");
+  if (arrival.missing == 0) return 1;
+  for (auto& sent : on_the_way) deliver(sent);
+  on_the_way.clear();
+  give_way();
+  return 0;
 }
 
 // what the lanes of a warp show each other: two places in turn, so that one barrier is enough
@@ -238,10 +271,18 @@ INSTRUCTIONS = (
     (r"mov\.u32 %0, %%cluster_ctarank", "return self->rank"),
     (r"mapa\.shared::cluster\.u32 ", "{names[0]} = in_block({names[1]}, {names[2]})"),
     (
-        r"st\.shared::cluster\.v[24]\.u32 \[%0\+?(-?\d*)\]",
-        "store_in_block({names[0]} + {0}, {{{words}}})",
+        r"st\.shared\.v[24]\.u32 \[%0\+?(-?\d*)\]",
+        "uint32_t words[] = {{{words}}}; memcpy(at_shared({names[0]} + {0}, sizeof(words)), words, sizeof(words))",
     ),
-    (r"barrier\.cluster\.arrive\.release\.aligned", "cluster_arrive()"),
+    (r"cp\.async\.bulk\.shared::cluster\.shared::cta\.mbarrier::complete_tx::bytes ", "send({parameters})"),
+    (r"fence\.", ""),
+    (r"mbarrier\.init\.shared\.b64 \[%0\+?(-?\d*)\]", "expect({names[0]} + {0}, 0)"),
+    (r"mbarrier\.arrive\.expect_tx\.shared\.b64 _, \[%0\+?(-?\d*)\]", "expect({names[0]} + {0}, {names[1]})"),
+    (
+        r".*mbarrier\.try_wait\.parity\.acquire\.cluster\.shared\.b64 pd0, \[%1\+?(-?\d*)\]",
+        "{names[0]} = test_wait({names[1]} + {0})",
+    ),
+    (r"barrier\.cluster\.arrive\.relaxed\.aligned", "cluster_arrive()"),
     (r"barrier\.cluster\.wait\.acquire\.aligned", "cluster_wait()"),
     (r"ex2\.approx\.ftz\.f32 ", "{names[0]} = exp2f({names[1]})"),
     (r"ld\.global\.nc\.u32 ", "memcpy(&{names[0]}, {names[1]}, 4)"),
@@ -250,6 +291,7 @@ INSTRUCTIONS = (
     (r"cvt\.rn\.f16x2\.f32 ", "{names[0]} = to_f16({names[1]}) << 16 | to_f16({names[2]})"),
 )
 _PREDICATE = "{ .reg .pred ps0; setp.ne.b32 ps0, %2, 0; "
+_RESULT = "{ .reg .pred pd0; "
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)[, \d]*\) (\w+)\((.*?)\) \{')
 _HELPER = re.compile(r"__forceinline__ __device__ (\w[\w ]*)\s+(tvm_builtin_\w+)\(([^)]*)\)\s*\{(.*?)\n\}", re.S)
 
@@ -296,7 +338,7 @@ class Kernel:
     def _helper(result: str, name: str, parameters: str, body: str) -> str:
         names = [parameter.rsplit(" ", 1)[1] for parameter in parameters.split(", ") if parameter]
         if "asm" in body:
-            (text,) = re.findall(r'asm(?: volatile)?\("(.*?);', body.replace(_PREDICATE, ""))
+            (text,) = re.findall(r'asm(?: volatile)?\("(.*?);', body.replace(_PREDICATE, "").replace(_RESULT, ""))
             for pattern, call in INSTRUCTIONS:
                 match = re.match(pattern, text)
                 if match:

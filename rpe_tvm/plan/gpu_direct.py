@@ -183,23 +183,30 @@ class TensorCoreConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         tiles = self.stages * self.stage_bytes
-        return max(tiles + sum(self.fused_bytes) if self.fused else tiles, self.partial_bytes)
+        if self.fused:
+            tiles += sum(self.fused_bytes)
+        if self.cluster > 1:
+            tiles += sum(self.clustered_bytes)
+        return max(tiles, self.partial_bytes)
 
     @property
     def fused_bytes(self) -> tuple[int, int, int, int]:
         """Shared memory behind the tiles: phi_k of two of them, queries, the projection, weights of all offsets.
 
-        In a cluster phi_k of all, where the block's own part of the keys lies before. A row of the projection is W
-        rounded, then what rounding lost.
+        In a cluster phi_k of all keys. A row of the projection is W rounded, then what rounding lost.
         """
-        phi_k = 2 * self.tile_k * self.key_row_bytes
-        if self.cluster > 1:
-            keys = self.key_turns * self.keys_of_turn
-            phi_k = max(keys * self.key_row_bytes, keys // self.cluster * self.value_row_bytes)
+        keys = 2 * self.tile_k if self.cluster == 1 else self.key_turns * self.keys_of_turn
+        phi_k = keys * self.key_row_bytes
         queries = self.tile_q * self.value_row_bytes
         projection = self.padded_features * self.projection_row_bytes
         weights = 4 * (self.tile_q + round_up(self.length, self.tile_k))
         return phi_k, queries, projection, weights
+
+    @property
+    def clustered_bytes(self) -> tuple[int, int]:
+        """Shared memory behind that: the block's own part of the keys, and one barrier of 8 bytes for every turn."""
+        own = self.key_turns * self.keys_of_turn // self.cluster
+        return own * self.value_row_bytes, round_up(8 * self.key_turns, CHUNK_BYTES)
 
     @property
     def keys_of_turn(self) -> int:

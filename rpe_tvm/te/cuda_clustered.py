@@ -7,6 +7,8 @@ Source: Luo et al. 2021, Eq. 10, multiplied out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tvm
 from tvm.script import tirx as T
 
@@ -55,16 +57,26 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         needed = T.Select(first_q < args.n_query, (seen + config.tile_k - 1) // config.tile_k, T.int64(0))
         tiles = let("tiles", T.Cast("int32", needed))
 
-        phi_bytes, query_bytes, projection_bytes, _ = config.fused_bytes
+        phi_bytes, query_bytes, projection_bytes, weight_bytes = config.fused_bytes
         phi_k = base + T.uint32(config.stages * config.stage_bytes)
         queries = phi_k + T.uint32(phi_bytes)
         projection = queries + T.uint32(query_bytes)
         strip = projection + T.uint32(projection_bytes)
+        keys = strip + T.uint32(weight_bytes)
+        arrivals = let("arrivals", keys + T.uint32(config.clustered_bytes[0]))
         lane = Lane(config, thread, phi_k, base, strip)
 
+        def in_turns(action: Callable[[int], None]) -> None:
+            for turn in range(config.key_turns):
+                with T.If(turn * config.keys_of_turn < args.n_key), T.Then():
+                    action(turn)
+
+        with T.If(thread == 0), T.Then():
+            received = T.uint32((size - 1) * warps * ROWS * config.key_row_bytes)
+            in_turns(lambda turn: warp.expect(arrivals, 8 * turn, received))
+        warp.cluster_arrive()
         weights = Weights(config, args, thread, h, first_q)
-        # the block's keys lie where all features lie later
-        _load_keys(config, args, phi_k, thread, b, h, rank)
+        _load_keys(config, args, keys, thread, b, h, rank)
         load_rows(config, args.query, args.n_query, queries, thread, b, h, first_q, config.tile_q)
         warp.commit()
         for stage in range(config.stages - 1):
@@ -76,48 +88,37 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         warp.barrier()
 
         rows = (lane.lane % 16) * config.value_row_bytes + lane.lane // 16 * CHUNK_BYTES
-        keys = let("rows_of_keys", phi_k + warp.uint32(thread // WARP * (ROWS * config.value_row_bytes) + rows))
-        # 16 keys of a block's warp after those of the other blocks'
-        first_k = let("first_of_keys", (thread // WARP * size + rank) * ROWS + lane.group)
-        w = load_projection(config, feature_map, projection, lane.lane, interleaved=True)
+        of_warp = let("of_warp", keys + warp.uint32(thread // WARP * (ROWS * config.value_row_bytes) + rows))
+        # a block's warp has 16 keys, after them come those of the other blocks' warps
+        first = let("first_of_keys", (thread // WARP * size + rank) * ROWS)
+        sent = let("sent", phi_k + warp.uint32(first * config.key_row_bytes))
         words = config.padded_features // 8
-        made = named("made", warp.registers(config.key_turns * 2 * words, "uint32"))
+        stored = let("stored", sent + warp.uint32(lane.group * config.key_row_bytes + lane.pair * (4 * words)))
+        w = load_projection(config, feature_map, projection, lane.lane, interleaved=True)
+        # the blocks of the cluster run, and their arrivals are made
+        warp.cluster_wait()
+        remote = named("remote", warp.registers(2, "uint32"))
+        other = let("other", warp.uint32((rank + 1 + lane.lane) % size))
+        warp.address_in_block(remote[0], sent, other)
+        warp.address_in_block(remote[1], arrivals, other)
 
-        def in_turns(action: object) -> None:
-            for turn in range(config.key_turns):
-                with T.If(turn * config.keys_of_turn < args.n_key), T.Then():
-                    action(turn)  # type: ignore[operator]
-
-        def make(turn: int) -> None:
-            key = let("key", T.Cast("int64", first_k) + turn * config.keys_of_turn)
+        def make_features(turn: int) -> None:
+            key = let("key", T.Cast("int64", first + lane.group) + turn * config.keys_of_turn)
             exists = [key < args.n_key, key + 8 < args.n_key]
-            packed = sixteen_rows(
-                config, w, keys + T.uint32(turn * warps * ROWS * config.value_row_bytes), exists
-            )
+            packed = sixteen_rows(config, w, of_warp + T.uint32(turn * warps * ROWS * config.value_row_bytes), exists)
+            at = turn * config.keys_of_turn * config.key_row_bytes
             for lower in (0, 1):
-                for tile in range(words):
-                    T.buffer_store(made, packed[2 * tile + lower], [(turn * 2 + lower) * words + tile])
+                neighbours = [packed[2 * tile + lower] for tile in range(words)]
+                warp.store_words(stored, at + lower * 8 * config.key_row_bytes, neighbours)
+            warp.before_send()
+            with T.If(lane.lane < size - 1), T.Then():
+                to, arrival = remote[0] + T.uint32(at), remote[1] + T.uint32(8 * turn)
+                warp.send(to, sent + T.uint32(at), ROWS * config.key_row_bytes, arrival)
 
-        def store(turn: int) -> None:
-            for lower in (0, 1):
-                four = [made[(turn * 2 + lower) * words + tile] for tile in range(words)]
-                row = turn * config.keys_of_turn + lower * 8
-                warp.store_remote(remote[0], row * config.key_row_bytes, four)
-
-        in_turns(make)
-        # no block may overwrite keys that another one still reads
-        warp.cluster_arrive()
+        in_turns(make_features)
         w = load_projection(config, feature_map, projection, lane.lane)
         phi_q = query_features(config, w, let("queries", queries + warp.uint32(rows)), lane)
-        warp.cluster_wait()
-        mine = let("mine", phi_k + warp.uint32(first_k * config.key_row_bytes + lane.pair * (4 * words)))
-        remote = named("remote", warp.registers(1, "uint32"))
-        for other in range(size):
-            warp.address_in_block(remote[0], mine, warp.uint32((rank + other) % size))
-            in_turns(store)
-        warp.cluster_arrive()
         weights.store(strip)
-        warp.cluster_wait()
 
         sums = Sums(config)
         # where the stage in use lies: a register, see direct_attention
@@ -125,7 +126,10 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         stage_bytes = T.uint32(config.stage_bytes)
         last = T.uint32((config.stages - 1) * config.stage_bytes)
         T.buffer_store(used, T.uint32(0), [0])
+        tiles_of_turn = config.keys_of_turn // config.tile_k
         with T.serial(tiles) as tile:
+            with T.If(tile % tiles_of_turn == 0), T.Then():
+                warp.wait_for(arrivals + warp.uint32(tile // tiles_of_turn * 8))
             warp.wait(config.stages - 2)
             warp.barrier()
             ahead = tile + (config.stages - 1)
@@ -142,10 +146,14 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
                 let("weight_address", lane.weights + warp.uint32(tile * (4 * config.tile_k))),
             )
             T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + stage_bytes), [0])
+        # a block may end when it has all that is sent to it, and the others all that it sent
+        in_turns(lambda turn: warp.wait_for(arrivals + T.uint32(8 * turn)))
+        warp.cluster_arrive()
         if config.warps_k > 1:
             add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)
         with T.If(lane.warp_k == 0), T.Then():
             write(config, args.out, args.n_query, lane, sums, b, h, first_q)
+        warp.cluster_wait()
 
 
 def _load_keys(

@@ -128,6 +128,17 @@ class TensorCoreConfig:
             raise ValueError(f"Invalid cluster: expected 1, 2, 4 or 8 blocks, got {self.cluster}.")
         if self.padded_features > 32:
             raise ValueError(f"Invalid num_features: expected at most 32 for clusters, got {self.num_features}.")
+        own = self.key_turns * self.keys_of_turn // self.cluster * self.value_row_bytes
+        if own > (self.stages - 1) * self.stage_bytes:
+            raise ValueError(
+                f"Invalid stages: expected {1 + -(-own // self.stage_bytes)} or more of {self.tile_k} keys, where a "
+                f"block's part of the keys lies first, got {self.stages}."
+            )
+        if self.partial_bytes > self.stages * self.stage_bytes:
+            raise ValueError(
+                f"Invalid stages: expected {-(-self.partial_bytes // self.stage_bytes)} or more of {self.tile_k} keys, "
+                f"where the sums of {self.warps_k} warps lie last, got {self.stages}."
+            )
         if self.keys_of_turn % self.tile_k:
             raise ValueError(
                 f"Invalid tile_k: expected a divisor of {self.keys_of_turn}, the keys whose features {self.cluster} "
@@ -186,7 +197,7 @@ class TensorCoreConfig:
         if self.fused:
             tiles += sum(self.fused_bytes)
         if self.cluster > 1:
-            tiles += sum(self.clustered_bytes)
+            tiles += self.arrival_bytes
         return max(tiles, self.partial_bytes)
 
     @property
@@ -203,12 +214,6 @@ class TensorCoreConfig:
         return phi_k, queries, projection, weights
 
     @property
-    def clustered_bytes(self) -> tuple[int, int]:
-        """Shared memory behind that: the block's own part of the keys, and one barrier of 8 bytes for every turn."""
-        own = self.key_turns * self.keys_of_turn // self.cluster
-        return own * self.value_row_bytes, round_up(8 * self.key_turns, CHUNK_BYTES)
-
-    @property
     def keys_of_turn(self) -> int:
         """Keys whose features all warps of a cluster make at once."""
         return ROWS * self.warps_q * self.warps_k * self.cluster
@@ -217,6 +222,11 @@ class TensorCoreConfig:
     def key_turns(self) -> int:
         """How often they do so, at most."""
         return -(-self.length // self.keys_of_turn)
+
+    @property
+    def arrival_bytes(self) -> int:
+        """Shared memory behind all else: what counts the features that arrive from other blocks, 8 bytes a turn."""
+        return round_up(8 * self.key_turns, CHUNK_BYTES)
 
     @property
     def projection_row_bytes(self) -> int:

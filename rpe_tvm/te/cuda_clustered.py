@@ -62,8 +62,8 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         queries = phi_k + T.uint32(phi_bytes)
         projection = queries + T.uint32(query_bytes)
         strip = projection + T.uint32(projection_bytes)
-        keys = strip + T.uint32(weight_bytes)
-        arrivals = let("arrivals", keys + T.uint32(config.clustered_bytes[0]))
+        arrivals = let("arrivals", strip + T.uint32(weight_bytes))
+        keys = base + T.uint32(config.stage_bytes)  # where the values of the second tile and later ones come
         lane = Lane(config, thread, phi_k, base, strip)
 
         def in_turns(action: Callable[[int], None]) -> None:
@@ -79,12 +79,15 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         _load_keys(config, args, keys, thread, b, h, rank)
         load_rows(config, args.query, args.n_query, queries, thread, b, h, first_q, config.tile_q)
         warp.commit()
-        for stage in range(config.stages - 1):
+
+        def load_stage(stage: int) -> None:
             with T.If(stage < tiles), T.Then():
                 _load_values(config, args, base + T.uint32(stage * config.stage_bytes), thread, b, h, stage)
             warp.commit()
+
+        load_stage(0)
         store_projection(config, args.projection, projection, thread)
-        warp.wait(config.stages - 1)
+        warp.wait(1)
         warp.barrier()
 
         rows = (lane.lane % 16) * config.value_row_bytes + lane.lane // 16 * CHUNK_BYTES
@@ -118,7 +121,9 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         in_turns(make_features)
         w = load_projection(config, feature_map, projection, lane.lane)
         phi_q = query_features(config, w, let("queries", queries + warp.uint32(rows)), lane)
-        weights.store(strip)
+        weights.store(strip)  # behind its barriers nobody reads keys
+        for stage in range(1, config.stages - 1):
+            load_stage(stage)
 
         sums = Sums(config)
         # where the stage in use lies: a register, see direct_attention

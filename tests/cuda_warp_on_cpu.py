@@ -1,7 +1,7 @@
 """Runs CUDA kernels with warp instructions on a CPU: checks numbers, addresses and barriers without a GPU.
 
-The source that TVM generated is compiled as C++. Every thread of a block is a fibre of one thread of the CPU; a fibre
-runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles) exchange their operands behind a
+The source that TVM generated is compiled as C++. Every thread of a block, or of all blocks of a cluster, is a fibre of
+one thread of the CPU; a fibre runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles) exchange their operands behind a
 barrier of the warp. Asynchronous copies happen either at once or as late as the waits allow: a kernel that is right
 under both neither reads a tile too early nor overwrites one that is still in use.
 """
@@ -46,20 +46,25 @@ struct Barrier { int threads, arrived, generation; };
 struct Copy { void* target; const void* source; size_t bytes; };
 struct Fibre {
   ucontext_t context;
-  int index;
+  int index, rank;
   bool done;
   uint32_t turn = 0;
+  int seen = 0;
   std::vector<std::vector<Copy>> groups;  // closed groups of copies, then the open one
 };
-static const int SHARED = 232448;
-alignas(128) static unsigned char shared_memory[SHARED];
+// addresses of a cluster: the block's rank above 24 bits; as in hardware, a block's own begin at 0 for itself
+static const int SHARED = 232448, MOST_BLOCKS = 8, RANK = 1 << 24;
+alignas(128) static unsigned char all_shared_memory[MOST_BLOCKS][SHARED];
+#define shared_memory (all_shared_memory[self->rank])
 static std::vector<Fibre> fibres;
-static std::vector<Barrier> warps;
-static Barrier block;
+static std::vector<Barrier> warps, blocks;
+static Barrier cluster;
+static std::vector<int> begun, ended;  // threads of every block
 static Fibre* self;
-static Index blockIdx;
+static Index first_block;
 static bool copies_late;
 #define threadIdx (Index{self->index, 0, 0})
+#define blockIdx (Index{first_block.x + self->rank, first_block.y, first_block.z})
 
 static void fail(const char* message) { fprintf(stderr, "%s\n", message); abort(); }
 static ucontext_t scheduler;
@@ -69,20 +74,66 @@ static void meet(Barrier& barrier) {
   if (++barrier.arrived == barrier.threads) { barrier.arrived = 0; barrier.generation++; return; }
   while (barrier.generation == generation) give_way();
 }
-static void __syncthreads() { meet(block); }
-static void __syncwarp() { meet(warps[self->index / 32]); }
+static void __syncthreads() { meet(blocks[self->rank]); }
+static void __syncwarp() { meet(warps[self->rank * 32 + self->index / 32]); }
+static void cluster_arrive() {
+  self->seen = cluster.generation;
+  if (++cluster.arrived == cluster.threads) { cluster.arrived = 0; cluster.generation++; }
+}
+static void cluster_wait() { while (cluster.generation == self->seen) give_way(); }
 static uint32_t __cvta_generic_to_shared(void* p) { return (uint32_t)((unsigned char*)p - shared_memory); }
-static unsigned char* at_shared(uint32_t address, uint32_t bytes) {
+static unsigned char* at_rank(int rank, uint32_t address, uint32_t bytes) {
   if (address + bytes > SHARED || address % bytes) fail("address in shared memory out of range or not aligned");
-  return shared_memory + address;
+  return all_shared_memory[rank] + address;
+}
+static unsigned char* at_shared(uint32_t address, uint32_t bytes) { return at_rank(self->rank, address, bytes); }
+static uint32_t in_block(uint32_t address, uint32_t rank) { return address + (rank + 1) * RANK; }
+// arrivals count bytes; what is sent to another block comes at once or when all else waits for it
+struct Sent { unsigned char *target, *source; uint32_t size; void* arrival; };
+struct Arrival { int32_t made, missing; };
+static std::vector<Sent> on_the_way;
+static void deliver(const Sent& sent) {
+  memcpy(sent.target, sent.source, sent.size);
+  Arrival arrival;
+  memcpy(&arrival, sent.arrival, 8);
+  arrival.missing -= sent.size;
+  memcpy(sent.arrival, &arrival, 8);
+}
+static unsigned char* at_block(uint32_t address, uint32_t bytes) {
+  uint32_t rank = address / RANK - 1;
+  if (rank >= blocks.size()) fail("no address of a block of the cluster");
+  if (begun[rank] == 0 || ended[rank] == blocks[rank].threads) fail("a block of the cluster does not run yet or any more");
+  return at_rank(rank, address % RANK, bytes);
+}
+static void send(uint32_t target, uint32_t source, uint32_t size, uint32_t arrival) {
+  if (size % 16) fail("no whole pieces of 16 bytes");
+  at_block(target + size - 16, 16);
+  Sent sent{at_block(target, 16), at_shared(source, 16), size, at_block(arrival, 8)};
+  if (copies_late) on_the_way.push_back(sent);
+  else deliver(sent);
+}
+static void expect(uint32_t address, int32_t size) {
+  Arrival arrival{1, size};
+  memcpy(at_shared(address, 8), &arrival, 8);
+}
+static uint32_t test_wait(uint32_t address) {
+  Arrival arrival;
+  memcpy(&arrival, at_shared(address, 8), 8);
+  if (arrival.made != 1) fail("nothing is expected here");
+  if (arrival.missing == 0) return 1;
+  for (auto& sent : on_the_way) deliver(sent);
+  on_the_way.clear();
+  give_way();
+  return 0;
 }
 
 // what the lanes of a warp show each other: two places in turn, so that one barrier is enough
-static uint32_t shown[2][32][32][16];
+static uint32_t shown[2][MOST_BLOCKS * 32][32][16];
 static uint32_t (*show(std::initializer_list<uint32_t> words))[16] {
-  auto& place = shown[self->turn++ % 2][self->index / 32];
+  int warp = self->rank * 32 + self->index / 32;
+  auto& place = shown[self->turn++ % 2][warp];
   std::copy(words.begin(), words.end(), place[self->index % 32]);
-  meet(warps[self->index / 32]);
+  meet(warps[warp]);
   return place;
 }
 static uint32_t bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
@@ -153,24 +204,31 @@ static void wait_group(size_t pending) {
 LAUNCHER = r"""
 static const uint64_t* arguments;
 static void run_thread() {
+  begun[self->rank]++;
   CALL;
+  ended[self->rank]++;
   self->done = true;
   swapcontext(&self->context, &scheduler);
 }
-extern "C" void launch(const uint64_t* given, const int* grid, int threads, bool late, bool backwards) {
+extern "C" void launch(const uint64_t* given, const int* grid, int threads, int size, bool late, bool backwards) {
   arguments = given;
   copies_late = late;
   const size_t STACK = 65536;
-  std::vector<char> stacks(STACK * threads);
-  for (int z = 0; z < grid[2]; z++) for (int y = 0; y < grid[1]; y++) for (int x = 0; x < grid[0]; x++) {
-    blockIdx = {x, y, z};
-    memset(shared_memory, 0xff, SHARED);  // NaN
-    fibres.assign(threads, Fibre{});
-    warps.assign(threads / 32, Barrier{32, 0, 0});
-    block = Barrier{threads, 0, 0};
-    for (int t = 0; t < threads; t++) {
+  const int all = size * threads;
+  std::vector<char> stacks(STACK * all);
+  for (int z = 0; z < grid[2]; z++) for (int y = 0; y < grid[1]; y++) for (int x = 0; x < grid[0]; x += size) {
+    first_block = {x, y, z};
+    memset(all_shared_memory, 0xff, size * SHARED);  // NaN
+    fibres.assign(all, Fibre{});
+    warps.assign(size * 32, Barrier{32, 0, 0});
+    blocks.assign(size, Barrier{threads, 0, 0});
+    cluster = Barrier{all, 0, 0};
+    begun.assign(size, 0);
+    ended.assign(size, 0);
+    for (int t = 0; t < all; t++) {
       Fibre& fibre = fibres[t];
-      fibre.index = t;
+      fibre.index = t % threads;
+      fibre.rank = t / threads;
       fibre.groups.resize(1);
       getcontext(&fibre.context);
       fibre.context.uc_stack.ss_sp = stacks.data() + STACK * t;
@@ -179,8 +237,8 @@ extern "C" void launch(const uint64_t* given, const int* grid, int threads, bool
     }
     for (bool any = true; any;) {
       any = false;
-      for (int t = 0; t < threads; t++) {
-        self = &fibres[backwards ? threads - 1 - t : t];
+      for (int t = 0; t < all; t++) {
+        self = &fibres[backwards ? all - 1 - t : t];
         if (self->done) continue;
         any = true;
         swapcontext(&scheduler, &self->context);
@@ -228,6 +286,22 @@ INSTRUCTIONS = (
     (r"red\.global\.add\.f32 ", "*(float*){names[0]} += {names[1]}"),
     (r"st\.shared\.f32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),
     (r"st\.shared\.u32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),
+    (r"mov\.u32 %0, %%cluster_ctarank", "return self->rank"),
+    (r"mapa\.shared::cluster\.u32 ", "{names[0]} = in_block({names[1]}, {names[2]})"),
+    (
+        r"st\.shared\.v[24]\.u32 \[%0\+?(-?\d*)\]",
+        "uint32_t words[] = {{{words}}}; memcpy(at_shared({names[0]} + {0}, sizeof(words)), words, sizeof(words))",
+    ),
+    (r"cp\.async\.bulk\.shared::cluster\.shared::cta\.mbarrier::complete_tx::bytes ", "send({parameters})"),
+    (r"fence\.", ""),
+    (r"mbarrier\.init\.shared\.b64 \[%0\+?(-?\d*)\]", "expect({names[0]} + {0}, 0)"),
+    (r"mbarrier\.arrive\.expect_tx\.shared\.b64 _, \[%0\+?(-?\d*)\]", "expect({names[0]} + {0}, {names[1]})"),
+    (
+        r".*mbarrier\.try_wait\.parity\.acquire\.cluster\.shared\.b64 pd0, \[%1\+?(-?\d*)\]",
+        "{names[0]} = test_wait({names[1]} + {0})",
+    ),
+    (r"barrier\.cluster\.arrive\.relaxed\.aligned", "cluster_arrive()"),
+    (r"barrier\.cluster\.wait\.acquire\.aligned", "cluster_wait()"),
     (r"ex2\.approx\.ftz\.f32 ", "{names[0]} = exp2f({names[1]})"),
     (r"ld\.global\.nc\.u32 ", "memcpy(&{names[0]}, {names[1]}, 4)"),
     (r"st\.global\.u32 ", "memcpy((void*){names[0]}, &{names[1]}, 4)"),
@@ -235,6 +309,7 @@ INSTRUCTIONS = (
     (r"cvt\.rn\.f16x2\.f32 ", "{names[0]} = to_f16({names[1]}) << 16 | to_f16({names[2]})"),
 )
 _PREDICATE = "{ .reg .pred ps0; setp.ne.b32 ps0, %2, 0; "
+_RESULT = "{ .reg .pred pd0; "
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)[, \d]*\) (\w+)\((.*?)\) \{')
 _HELPER = re.compile(r"__forceinline__ __device__ (\w[\w ]*)\s+(tvm_builtin_\w+)\(([^)]*)\)\s*\{(.*?)\n\}", re.S)
 
@@ -281,21 +356,32 @@ class Kernel:
     def _helper(result: str, name: str, parameters: str, body: str) -> str:
         names = [parameter.rsplit(" ", 1)[1] for parameter in parameters.split(", ") if parameter]
         if "asm" in body:
-            (text,) = re.findall(r'asm volatile\("(.*?);', body.replace(_PREDICATE, ""))
+            (text,) = re.findall(r'asm(?: volatile)?\("(.*?);', body.replace(_PREDICATE, "").replace(_RESULT, ""))
             for pattern, call in INSTRUCTIONS:
                 match = re.match(pattern, text)
                 if match:
                     numbers = [number or "0" for number in match.groups()]
-                    body = call.format(*numbers, parameters=", ".join(names), names=names) + ";"
+                    body = (
+                        call.format(*numbers, parameters=", ".join(names), names=names, words=", ".join(names[1:]))
+                        + ";"
+                    )
                     break
             else:
                 raise NotImplementedError(f"no C++ for the instruction {text}")
         return f"static {result} {name}({parameters}) {{ {body} }}"
 
     def __call__(
-        self, grid: tuple[int, int, int], arguments: Mapping[str, np.ndarray | int], late: bool, backwards: bool
+        self,
+        grid: tuple[int, int, int],
+        arguments: Mapping[str, np.ndarray | int],
+        late: bool,
+        backwards: bool,
+        cluster: int = 1,
     ) -> None:
-        """Run all blocks of the grid; arrays are arguments `<name>_ptr`, numbers are called by their name."""
+        """Run all blocks of the grid, `cluster` of them along x at the same time.
+
+        Arrays are arguments `<name>_ptr`, numbers are called by their name.
+        """
         values = []
         for name in self.parameters:
             value = arguments[name.removesuffix("_ptr")]
@@ -304,6 +390,7 @@ class Kernel:
             (ctypes.c_uint64 * len(values))(*(value % 2**64 for value in values)),
             (ctypes.c_int * 3)(*grid),
             self.threads,
+            cluster,
             ctypes.c_bool(late),
             ctypes.c_bool(backwards),
         )

@@ -25,6 +25,9 @@ RELOAD_ATTRIBUTE = "rpe_tvm.reload"
 # Attribute of a function whose constant tables lie at multiples of 16 bytes: nvcc loads both parts of a complex number
 # at once where it knows that. Only this library makes tables.
 ALIGNED_ATTRIBUTE = "rpe_tvm.aligned_tables"
+# Attribute of a function whose kernels have instructions of this architecture (90, say) and later: machine code for
+# those before traps, and nothing calls it there.
+ARCH_ATTRIBUTE = "rpe_tvm.arch"
 # Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
@@ -76,6 +79,7 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
             host_module, source = _generate(host, device, target)
             calls = tuple(_generate(*_split(each, target), target)[0] for each in _one_by_one(callers))
         source = _with_aligned_tables(_without_promises(_bound_registers(source, mod), mod), mod)
+        source = _empty_before(source, mod)
     except BuildError:
         raise
     except Exception as error:  # TVM raises whatever class its C++ code named
@@ -178,6 +182,19 @@ def _with_aligned_tables(source: str, mod: tvm.IRModule) -> str:
             source, count = re.subn(pattern, rf"\1{promise}", source)
             if count == 0:
                 raise BuildError(f"The kernels of {symbol} have no tables in a form that this rpe_tvm knows.")
+    return source
+
+
+def _empty_before(source: str, mod: tvm.IRModule) -> str:
+    """Leave out the bodies of kernels of functions with `ARCH_ATTRIBUTE` on architectures before it."""
+    for function in mod.functions.values():
+        if ARCH_ATTRIBUTE in function.attrs:
+            symbol, arch = function.attrs["global_symbol"], int(function.attrs[ARCH_ATTRIBUTE])
+            older = f"#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < {10 * arch}\n  __trap();\n#else\n"
+            pattern = rf"( {symbol}_kernel\w*\([^)]*\) \{{\n)(.*?)(\n\}}\n)"
+            source, count = re.subn(pattern, rf"\1{older}\2\n#endif\3", source, flags=re.DOTALL)
+            if count == 0:
+                raise BuildError(f"The kernels of {symbol} have no body in a form that this rpe_tvm knows.")
     return source
 
 

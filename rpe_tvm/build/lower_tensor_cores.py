@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tvm
 
+from rpe_tvm.build.device_code import ARCH_ATTRIBUTE
 from rpe_tvm.build.lower import Lowered
 from rpe_tvm.build.lower_forward import forward_functions
-from rpe_tvm.plan.gpu_direct import TensorCoreConfig, fused
+from rpe_tvm.plan.gpu_direct import CLUSTER_ARCH, TensorCoreConfig, clustered, fused
+from rpe_tvm.te.cuda_clustered import clustered_attention
 from rpe_tvm.te.cuda_direct import direct_attention
 from rpe_tvm.te.cuda_features import features
 from rpe_tvm.te.cuda_fused import fused_attention
@@ -17,7 +19,7 @@ from rpe_tvm.te.features import FEATURE_MAPS
 def lower(config: TensorCoreConfig) -> Lowered:
     """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each,
     `forward_prf` and `forward_nprf`, which call them, and for short sequences `fused_prf` and `fused_nprf`, one kernel
-    that does all.
+    that does all, and `clustered_prf` and `clustered_nprf`, which do the same on GPUs that have clusters.
 
     Batch, heads and lengths are read from the arguments of each call.
     """
@@ -28,4 +30,9 @@ def lower(config: TensorCoreConfig) -> Lowered:
     one_kernel = fused(config)
     if one_kernel is not None:
         functions |= {f"fused_{feature_map}": fused_attention(one_kernel, feature_map) for feature_map in FEATURE_MAPS}
+    of_clusters = clustered(config)
+    if of_clusters is not None:
+        for feature_map in FEATURE_MAPS:
+            function = clustered_attention(of_clusters, feature_map).with_attr(ARCH_ATTRIBUTE, CLUSTER_ARCH)
+            functions[f"clustered_{feature_map}"] = function
     return Lowered(tvm.IRModule(functions), {"source": "default"})

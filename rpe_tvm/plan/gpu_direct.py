@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from rpe_tvm.plan.buckets import bucket_length
@@ -18,6 +18,8 @@ MAX_SHARED_BYTES = 227 * 1024  # what one block may use on sm_90; 163 KiB on sm_
 CHUNK_BYTES = 16  # what a thread copies to shared memory at once
 FUSED_LENGTH = 1024  # keys that the fused kernel takes at most
 FUSED_BLOCKS = 132  # multiprocessors of an H100, which holds one such block each
+CLUSTER_BLOCKS = 128  # of them in whole clusters: a GPC has 16 or 18, and no cluster spans two
+CLUSTER_ARCH = 90  # the first architecture that has clusters
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -57,6 +59,8 @@ class TensorCoreConfig:
     fused : bool
         Whether a block makes features and weights itself, for at most `length` keys: one launch instead of three, see
         `fused`.
+    cluster : int
+        Blocks of a fused kernel that share the features of all keys, each making an equal part; 1: each makes all.
     """
 
     num_features: int
@@ -71,6 +75,7 @@ class TensorCoreConfig:
     blocks: int = 1
     matrix_sums: bool = False
     fused: bool = False
+    cluster: int = 1
 
     op: ClassVar[str] = "attention"
 
@@ -106,6 +111,9 @@ class TensorCoreConfig:
     def _check_fused(self) -> None:
         if self.head_dim % ROWS:
             raise ValueError(f"Invalid head_dim: expected a multiple of {ROWS} for fused, got {self.head_dim}.")
+        if self.cluster > 1:
+            self._check_clustered()
+            return
         if self.stages < 3:
             raise ValueError(f"Invalid stages: expected at least 3 for fused, got {self.stages}.")
         warps = self.warps_q * self.warps_k
@@ -113,6 +121,28 @@ class TensorCoreConfig:
             raise ValueError(
                 f"Invalid tile_k: expected a multiple of {ROWS * warps} for {warps} warps that make features, got "
                 f"{self.tile_k}."
+            )
+
+    def _check_clustered(self) -> None:
+        if self.cluster not in (2, 4, 8):
+            raise ValueError(f"Invalid cluster: expected 1, 2, 4 or 8 blocks, got {self.cluster}.")
+        if self.padded_features > 32:
+            raise ValueError(f"Invalid num_features: expected at most 32 for clusters, got {self.num_features}.")
+        own = self.key_turns * self.keys_of_turn // self.cluster * self.value_row_bytes
+        if own > (self.stages - 1) * self.stage_bytes:
+            raise ValueError(
+                f"Invalid stages: expected {1 + -(-own // self.stage_bytes)} or more of {self.tile_k} keys, where a "
+                f"block's part of the keys lies first, got {self.stages}."
+            )
+        if self.partial_bytes > self.stages * self.stage_bytes:
+            raise ValueError(
+                f"Invalid stages: expected {-(-self.partial_bytes // self.stage_bytes)} or more of {self.tile_k} keys, "
+                f"where the sums of {self.warps_k} warps lie last, got {self.stages}."
+            )
+        if self.keys_of_turn % self.tile_k:
+            raise ValueError(
+                f"Invalid tile_k: expected a divisor of {self.keys_of_turn}, the keys whose features {self.cluster} "
+                f"blocks make at once, got {self.tile_k}."
             )
 
     @property
@@ -154,29 +184,49 @@ class TensorCoreConfig:
     def stage_bytes(self) -> int:
         """Shared memory of one tile: phi_k, value, and the weights of all offsets from its queries to its keys.
 
-        Fused: key and value.
+        Fused: key and value, in a cluster value alone.
         """
         if self.fused:
-            return 2 * self.tile_k * self.value_row_bytes
+            return (2 if self.cluster == 1 else 1) * self.tile_k * self.value_row_bytes
         return self.tile_k * (self.key_row_bytes + self.value_row_bytes) + 4 * (self.tile_q + self.tile_k)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         tiles = self.stages * self.stage_bytes
-        return max(tiles + sum(self.fused_bytes) if self.fused else tiles, self.partial_bytes)
+        if self.fused:
+            tiles += sum(self.fused_bytes)
+        if self.cluster > 1:
+            tiles += self.arrival_bytes
+        return max(tiles, self.partial_bytes)
 
     @property
     def fused_bytes(self) -> tuple[int, int, int, int]:
         """Shared memory behind the tiles: phi_k of two of them, queries, the projection, weights of all offsets.
 
-        A row of the projection is W rounded, then what rounding lost.
+        In a cluster phi_k of all keys. A row of the projection is W rounded, then what rounding lost.
         """
-        phi_k = 2 * self.tile_k * self.key_row_bytes
+        keys = 2 * self.tile_k if self.cluster == 1 else self.key_turns * self.keys_of_turn
+        phi_k = keys * self.key_row_bytes
         queries = self.tile_q * self.value_row_bytes
         projection = self.padded_features * self.projection_row_bytes
         weights = 4 * (self.tile_q + round_up(self.length, self.tile_k))
         return phi_k, queries, projection, weights
+
+    @property
+    def keys_of_turn(self) -> int:
+        """Keys whose features all warps of a cluster make at once."""
+        return ROWS * self.warps_q * self.warps_k * self.cluster
+
+    @property
+    def key_turns(self) -> int:
+        """How often they do so, at most."""
+        return -(-self.length // self.keys_of_turn)
+
+    @property
+    def arrival_bytes(self) -> int:
+        """Shared memory behind all else: what counts the features that arrive from other blocks, 8 bytes a turn."""
+        return round_up(8 * self.key_turns, CHUNK_BYTES)
 
     @property
     def projection_row_bytes(self) -> int:
@@ -268,6 +318,23 @@ def is_fused(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> 
     """
     one = fused(config)
     return one is not None and batch * heads * -(-n_query // one.tile_q) <= FUSED_BLOCKS
+
+
+@functools.cache
+def clustered(config: TensorCoreConfig) -> TensorCoreConfig | None:
+    """Return the config of the kernel that takes the place of `fused` where the GPU has clusters, if there is one."""
+    one = fused(config)
+    return None if one is None else replace(one, cluster=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_clustered(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> bool:
+    """Return whether that kernel serves a call: all its blocks run at once."""
+    one = clustered(config)
+    if one is None:
+        return False
+    blocks = round_up(-(-n_query // one.tile_q), one.cluster)
+    return batch * heads * blocks <= CLUSTER_BLOCKS
 
 
 def is_readable(address: int, strides: Sequence[int]) -> bool:

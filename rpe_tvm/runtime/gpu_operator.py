@@ -16,6 +16,7 @@ from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
 
 _FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
 _FUSED = tuple(f"fused_{name}" for name in FEATURE_MAPS)
+_CLUSTERED = tuple(f"clustered_{name}" for name in FEATURE_MAPS)
 _FORWARD = tuple(f"forward_{name}" for name in FEATURE_MAPS)
 _BACKWARD = tuple(f"backward_{name}" for name in FEATURE_MAPS)
 _SHORT_BACKWARD = (
@@ -52,7 +53,8 @@ def function_names(config: GpuConfig | AnyBackwardConfig) -> tuple[str, ...]:
         return (*_FEATURES, "weights", "attention", *_FORWARD)
     if isinstance(config, TensorCoreConfig):
         fused = _FUSED if gpu_direct.fused(config) else ()
-        return (*_FEATURES, "weights", "attention", *_FORWARD, *fused)
+        clustered = _CLUSTERED if gpu_direct.clustered(config) else ()
+        return (*_FEATURES, "weights", "attention", *_FORWARD, *fused, *clustered)
     if config.columns == 1:
         return (*_FEATURES, "largest", *_SHORT, "normalise", *_FORWARD)
     return (*_FEATURES, "largest", *_LONG, "normalise")

@@ -36,7 +36,7 @@ def fused_attention(config: TensorCoreConfig, feature_map: FeatureMap) -> tvm.ti
 
 
 @dataclass(frozen=True)
-class _Arguments:
+class Arguments:
     query: Buffer
     key: Buffer
     value: Buffer
@@ -48,7 +48,7 @@ class _Arguments:
     causal: Expr
 
 
-def _arguments(config: TensorCoreConfig) -> tuple[_Arguments, Expr, Expr]:
+def arguments(config: TensorCoreConfig) -> tuple[Arguments, Expr, Expr]:
     batch, heads, n_query, n_key = (named(name, T.int64()) for name in ("batch", "heads", "n_query", "n_key"))
     channels, dtype = T.int64(config.head_dim), config.dtype
     query = argument("query", (batch, heads, n_query, channels), dtype, strided=True)
@@ -58,11 +58,11 @@ def _arguments(config: TensorCoreConfig) -> tuple[_Arguments, Expr, Expr]:
     projection = argument("projection", (T.int64(config.num_features), channels), "float32", align=4)
     causal = T.arg("causal", T.int64())
     out = argument("out", (batch, heads, n_query, channels), dtype, strided=True)
-    return _Arguments(query, key, value, rpe_bias, projection, out, n_query, n_key, causal), batch, heads
+    return Arguments(query, key, value, rpe_bias, projection, out, n_query, n_key, causal), batch, heads
 
 
 def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
-    args, batch, heads = _arguments(config)
+    args, batch, heads = arguments(config)
     too_long = f"Too many keys: expected at most {config.length}; take the operator of a longer bucket."
     warps = config.threads // WARP
     blocks_q = (args.n_query + config.tile_q - 1) // config.tile_q
@@ -89,8 +89,8 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         strip = projection + T.uint32(projection_bytes)
         lane = Lane(config, thread, phi_k, base + T.uint32(config.stage_bytes // 2), strip)
 
-        weights = _Weights(config, args, thread, h, first_q)
-        _load_rows(config, args.query, args.n_query, queries, thread, b, h, first_q, config.tile_q)
+        weights = Weights(config, args, thread, h, first_q)
+        load_rows(config, args.query, args.n_query, queries, thread, b, h, first_q, config.tile_q)
         for stage in range(config.stages - 1):
             with T.If(stage < tiles), T.Then():
                 _load_tile(config, args, base + T.uint32(stage * config.stage_bytes), thread, b, h, stage)
@@ -102,7 +102,7 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
 
         rows = (lane.lane % 16) * config.value_row_bytes + lane.lane // 16 * CHUNK_BYTES
         w = load_projection(config, feature_map, projection, lane.lane)
-        phi_q = _query_features(config, w, let("queries", queries + warp.uint32(rows)), lane)
+        phi_q = query_features(config, w, let("queries", queries + warp.uint32(rows)), lane)
         keys = let("rows_of_keys", base + warp.uint32(thread // WARP * (ROWS * config.value_row_bytes) + rows))
         target = thread // WARP * ROWS + lane.group
         phi = let("phi", phi_k + warp.uint32(target * config.key_row_bytes + 4 * lane.pair))
@@ -154,7 +154,7 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
             write(config, args.out, args.n_query, lane, sums, b, h, first_q)
 
 
-def _load_rows(
+def load_rows(
     config: TensorCoreConfig,
     x: Buffer,
     n: Expr,
@@ -178,19 +178,19 @@ def _load_rows(
 
 
 def _load_tile(
-    config: TensorCoreConfig, args: _Arguments, stage: Expr, thread: Expr, b: Expr, h: Expr, tile: Expr
+    config: TensorCoreConfig, args: Arguments, stage: Expr, thread: Expr, b: Expr, h: Expr, tile: Expr
 ) -> None:
     """Start the copies of a tile of key and of value."""
     first = let("first_k", T.Cast("int64", tile) * config.tile_k)
-    _load_rows(config, args.key, args.n_key, stage, thread, b, h, first, config.tile_k)
+    load_rows(config, args.key, args.n_key, stage, thread, b, h, first, config.tile_k)
     values = stage + T.uint32(config.stage_bytes // 2)
-    _load_rows(config, args.value, args.n_key, values, thread, b, h, first, config.tile_k)
+    load_rows(config, args.value, args.n_key, values, thread, b, h, first, config.tile_k)
 
 
-class _Weights:
+class Weights:
     """The weights of all offsets from a block's queries to the keys, on their way into shared memory."""
 
-    def __init__(self, config: TensorCoreConfig, args: _Arguments, thread: Expr, h: Expr, first_q: Expr) -> None:
+    def __init__(self, config: TensorCoreConfig, args: Arguments, thread: Expr, h: Expr, first_q: Expr) -> None:
         self.config, self.args, self.thread = config, args, thread
         self.width = config.tile_q + round_up(config.length, config.tile_k)
         self.turns = range(-(-self.width // config.threads))
@@ -225,7 +225,7 @@ class _Weights:
                 warp.store_float(place, turn * self.config.threads * 4, weight)
 
 
-def _query_features(config: TensorCoreConfig, w: Projection, queries: Expr, lane: Lane) -> Buffer:
+def query_features(config: TensorCoreConfig, w: Projection, queries: Expr, lane: Lane) -> Buffer:
     """Return the fragments of phi_q of a warp's queries: they stay in registers."""
     depth = config.padded_features // ROWS
     fragments = named("phi_q_fragments", warp.registers(config.row_blocks * depth * 4, "uint32"))

@@ -23,7 +23,11 @@ LOG2_E = 1 / math.log(2)
 
 @dataclass(frozen=True)
 class Projection:
-    """Fragments of W in a warp's registers, and the registers that features are made in."""
+    """Fragments of W in a warp's registers, and the registers that features are made in.
+
+    With `interleaved`, register 2 t + i of a result holds features 2 (words pair + t) and the next for `words` tiles of
+    8 features: those of a lane are neighbours.
+    """
 
     feature_map: FeatureMap
     parts: Buffer
@@ -32,6 +36,7 @@ class Projection:
     squares: Buffer
     rows: Buffer
     packed: Buffer
+    interleaved: bool
 
 
 def store_projection(config: TensorCoreConfig, projection: Buffer, shared: Expr, thread: Expr) -> None:
@@ -58,16 +63,19 @@ def store_projection(config: TensorCoreConfig, projection: Buffer, shared: Expr,
                 warp.store_shared_pair(to, i * 2 * config.head_dim, part[i])
 
 
-def load_projection(config: TensorCoreConfig, feature_map: FeatureMap, shared: Expr, lane: Expr) -> Projection:
+def load_projection(
+    config: TensorCoreConfig, feature_map: FeatureMap, shared: Expr, lane: Expr, interleaved: bool = False
+) -> Projection:
     """Load the fragments of W, after a barrier behind `store_projection`."""
     depth, tiles = config.head_dim // ROWS, config.padded_features // 8
     parts = named("parts", warp.registers(depth * tiles * 4, "uint32"))
     # channels 0-7 and 8-15, rounded, then what rounding lost
     in_row = lane // 8 % 2 * CHUNK_BYTES + lane // 16 * (2 * config.head_dim)
-    address = let("projection", shared + warp.uint32(lane % 8 * config.projection_row_bytes + in_row))
+    row, rows_of_tile = (lane % 8, 8) if not interleaved else (lane % 8 // 2 * (2 * tiles) + lane % 2, 2)
+    address = let("projection", shared + warp.uint32(row * config.projection_row_bytes + in_row))
     for k in range(depth):
         for tile in range(tiles):
-            offset = tile * 8 * config.projection_row_bytes + k * 2 * CHUNK_BYTES
+            offset = tile * rows_of_tile * config.projection_row_bytes + k * 2 * CHUNK_BYTES
             warp.load_matrices([parts[(k * tiles + tile) * 4 + i] for i in range(4)], address, offset)
     return Projection(
         feature_map,
@@ -77,6 +85,7 @@ def load_projection(config: TensorCoreConfig, feature_map: FeatureMap, shared: E
         named("squares", warp.registers(2, "float32")),
         named("rows", warp.registers(4, "uint32")),
         named("packed", warp.registers(tiles * 2, "uint32")),
+        interleaved,
     )
 
 
@@ -119,7 +128,8 @@ def sixteen_rows(config: TensorCoreConfig, w: Projection, address: Expr, exists:
             for i in at:
                 warp.power_of_2(w.logits, i, w.logits[i] * scale[lower] + norm[lower])
                 if config.padded_features != m:
-                    is_feature = tile * 8 + w.lane % 4 * 2 + i % 2 < m
-                    T.buffer_store(w.logits, T.Select(is_feature, w.logits[i], T.float32(0)), [i])
+                    pair = w.lane % 4 * 2
+                    feature = (pair * tiles + tile * 2 if w.interleaved else pair + tile * 8) + i % 2
+                    T.buffer_store(w.logits, T.Select(feature < m, w.logits[i], T.float32(0)), [i])
             warp.pack(config.dtype, w.packed[tile * 2 + lower], *(w.logits[i] for i in at))
     return w.packed

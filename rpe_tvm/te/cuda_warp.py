@@ -109,6 +109,58 @@ def store_shared_pair(shared: Expr, offset: int, pair: Expr) -> None:
     T.evaluate(T.ptx["st.shared.u32"](T.ptx.addr(shared, offset), pair))
 
 
+def address_in_block(target: Expr, shared: Expr, rank: Expr) -> None:
+    """Put the address into a register under which a block of the cluster has what lies at `shared` here."""
+    T.evaluate(T.ptx["mapa.shared::cluster.u32"](target, shared, rank))
+
+
+def store_words(shared: Expr, offset: int, words: Sequence[Expr]) -> None:
+    """Store two or four words in shared memory."""
+    store = T.ptx[f"st.shared.v{len(words)}.u32"]
+    T.evaluate(store(T.ptx.addr(shared, offset), *words))
+
+
+def send(target: Expr, source: Expr, size: int, arrival: Expr) -> None:
+    """Start a copy of shared memory to `target` in a block of the cluster, whose `arrival` there counts the bytes.
+
+    Behind `before_send`. `size` is a multiple of 16 bytes, and so are the addresses.
+    """
+    copy = T.ptx["cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"]
+    T.evaluate(copy(target, source, T.uint32(size), arrival))
+
+
+def before_send() -> None:
+    """Let copies that this warp starts see what it stored in shared memory."""
+    T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())
+    T.evaluate(T.cuda.warp_sync())
+
+
+def expect(arrival: Expr, offset: int, size: Expr) -> None:
+    """Make an arrival, 8 bytes of shared memory, that waits for `size` bytes; by one thread, before `cluster_arrive`."""
+    T.evaluate(T.ptx["mbarrier.init.shared.b64"](T.ptx.addr(arrival, offset), T.uint32(1)))
+    T.evaluate(T.ptx["mbarrier.arrive.expect_tx.shared.b64"](T.ptx.addr(arrival, offset), size))
+    T.evaluate(T.ptx["fence.mbarrier_init.release.cluster"]())
+
+
+def wait_for(arrival: Expr) -> None:
+    """Wait until all bytes of an arrival are there."""
+    done = registers(1, "uint32")
+    test = T.ptx["mbarrier.try_wait.parity.acquire.cluster.shared.b64"]
+    T.buffer_store(done, T.uint32(0), [0])
+    with T.While(done[0] == 0):
+        T.evaluate(test(done[0], arrival, T.uint32(0)))
+
+
+def cluster_arrive() -> None:
+    """Tell the blocks of the cluster that this thread is here; to be followed by `cluster_wait`."""
+    T.evaluate(T.ptx["barrier.cluster.arrive.relaxed.aligned"]())
+
+
+def cluster_wait() -> None:
+    """Wait until all threads of the cluster have arrived."""
+    T.evaluate(T.ptx["barrier.cluster.wait.acquire.aligned"]())
+
+
 def multiply_add(dtype: str, accumulator: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> None:
     """Add A B to the accumulator: 16 x 8 float32 (4 registers), A 16 x 16 (4), B 16 x 8 (2), all of 16-bit numbers."""
     name = PTX_NAMES[dtype]

@@ -17,6 +17,7 @@ from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_tiles import TileConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import GpuInstance
+from rpe_tvm.runtime.gpu import gpus
 
 
 def attention(
@@ -59,9 +60,14 @@ Launch = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # que
 def launch(instance: GpuInstance, query: Tensor, key: Tensor, feature_map: str, is_causal: bool) -> Launch:
     """What serves calls of `attention` with tensors of these shapes, in whole pieces where tensor cores read them."""
     config, functions, causal = instance.config, instance.functions, int(is_causal)
-    if isinstance(config, TensorCoreConfig) and gpu_direct.is_fused(config, *query.shape[:3]):
-        fused = functions[f"fused_{feature_map}"]
-        return lambda q, k, v, b, w, out: fused(q, k, v, b, w, causal, out)
+    if isinstance(config, TensorCoreConfig):
+        of_call = config, *query.shape[:3]
+        if gpu_direct.is_clustered(*of_call) and _has_clusters(query.get_device()):
+            clustered = functions[f"clustered_{feature_map}"]
+            return lambda q, k, v, b, w, out: clustered(q, k, v, b, w, causal, out)
+        if gpu_direct.is_fused(*of_call):
+            fused = functions[f"fused_{feature_map}"]
+            return lambda q, k, v, b, w, out: fused(q, k, v, b, w, causal, out)
     if f"forward_{feature_map}" in functions:
         forward, size = functions[f"forward_{feature_map}"], _workspace_bytes(config, query.shape, key.shape[2])
         tables = (constant_tables(config, query.device),) if isinstance(config, GpuAttentionConfig) else ()

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cuda_warp_on_cpu import ORDERS, Kernel, from_bits, to_bits  # noqa: E402
 
 from rpe_tvm import reference
-from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_direct import TensorCoreConfig, round_up
+from rpe_tvm.te.cuda_clustered import clustered_attention
 from rpe_tvm.te.cuda_fused import fused_attention
 
 pytestmark = pytest.mark.compile
@@ -21,6 +22,11 @@ UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 CASES = {
     "default": ("nprf", TensorCoreConfig(32, 64, 256, "bfloat16", 2, 2, 2, 64, 3, fused=True)),
     "padded features": ("prf", TensorCoreConfig(24, 48, 256, "float16", 1, 2, 1, 64, 4, matrix_sums=True, fused=True)),
+    "cluster": ("nprf", TensorCoreConfig(32, 64, 256, "bfloat16", 1, 2, 2, 64, 3, fused=True, cluster=4)),
+    "cluster, padded features": (
+        "prf",
+        TensorCoreConfig(24, 48, 250, "float16", 1, 2, 2, 64, 3, matrix_sums=True, fused=True, cluster=2),
+    ),
 }
 SENTINEL = 0x1234
 
@@ -37,15 +43,16 @@ def strides(**arrays: np.ndarray) -> dict[str, int]:
 @pytest.fixture(scope="module", params=CASES)
 def attention(request, tmp_path_factory):
     feature_map, config = CASES[request.param]
-    return feature_map, config, Kernel(fused_attention(config, feature_map), tmp_path_factory.mktemp("attention"))
+    build = fused_attention if config.cluster == 1 else clustered_attention
+    return feature_map, config, Kernel(build(config, feature_map), tmp_path_factory.mktemp("attention"))
 
 
 def run(config: TensorCoreConfig, kernel: Kernel, arrays, others, late: bool = True, backwards: bool = False) -> None:
     """Run it on query, key, value and out, and on rpe_bias, projection and causal."""
     batch, heads, n_query, _ = arrays["query"].shape
     sizes = dict(batch=batch, heads=heads, n_query=n_query, n_key=arrays["key"].shape[2])
-    grid = (-(-n_query // config.tile_q), heads, batch)
-    kernel(grid, {**strides(**arrays), **sizes, **arrays, **others}, late, backwards)
+    grid = (round_up(-(-n_query // config.tile_q), config.cluster), heads, batch)
+    kernel(grid, {**strides(**arrays), **sizes, **arrays, **others}, late, backwards, config.cluster)
 
 
 def rows(rng: np.random.Generator, n: int, heads: int, d: int, dtype: str) -> np.ndarray:

@@ -19,7 +19,7 @@ BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 16, 8): 4, (16, 16, 16): 2}
 
 @dataclass(frozen=True)
 class GpuBackwardConfig(GpuAttentionConfig):
-    """How the gradients are computed; the fields are those of attention, whose transform is not folded.
+    """How the gradients are computed; the fields are those of attention.
 
     A thread keeps the frequencies that it made until it multiplies them, so each thread has one butterfly of the first
     radix, and as many points in all other stages.
@@ -29,10 +29,8 @@ class GpuBackwardConfig(GpuAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.folds, self.dtype) != (1, "float32"):
-            raise ValueError(
-                f"Invalid config of gradients: expected folds 1 and float32, got {self.folds} and {self.dtype}."
-            )
+        if self.dtype != "float32":
+            raise ValueError(f"Invalid config of gradients: expected float32, got {self.dtype}.")
         first = self.radices[0]
         if self.threads * first != self.row or any(first % radix for radix in self.radices):
             raise ValueError(
@@ -52,13 +50,13 @@ class GpuBackwardConfig(GpuAttentionConfig):
 
     @property
     def num_terms(self) -> int:
-        """Terms of a denominator and parity: one for each feature, or their sum."""
+        """Terms of a denominator and remainder: one for each feature, or their sum."""
         return self.num_features if self.columns == 1 else 1
 
     @property
     def grad_parts(self) -> int:
-        """Parts of a feature's gradient: its parities, or their sum."""
-        return 2 if self.columns == 1 else 1
+        """Parts of a feature's gradient: its remainders, or their sum."""
+        return self.residues if self.columns == 1 else 1
 
 
 def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = HOPPER) -> GpuBackwardConfig:

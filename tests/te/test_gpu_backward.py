@@ -37,6 +37,7 @@ M, D, B, H = 3, 3, 2, 2
 SHORT = choose(60, M, D)
 STAGES = GpuBackwardConfig(M, 4, 128, (8, 4, 4), 16)
 COLUMNS = GpuBackwardConfig(M, 4, 256, (8, 8), 8, columns=4)
+FOLDS = GpuBackwardConfig(M, 4, 128, (8, 8), 8, folds=2)
 
 
 class Emulated:
@@ -98,11 +99,11 @@ class Emulated:
             grid, threads = by_columns[name]
             return [(f"{name}_kernel", grid, threads)]
         grids: dict[str, tuple[int, int, int]] = {
-            "spectrum": (2, per_stage, 1),
-            "denominators": (2 * config.num_features, per_stage, batch),
-            "backward": (2 * config.num_features, per_stage, batch),
-            "value_sums": (2 * config.value_pairs, per_stage, batch),
-            "weight_sums": (2, per_stage, 1),
+            "spectrum": (config.residues, per_stage, 1),
+            "denominators": (config.residues * config.num_features, per_stage, batch),
+            "backward": (config.residues * config.num_features, per_stage, batch),
+            "value_sums": (config.residues * config.value_pairs, per_stage, batch),
+            "weight_sums": (config.residues, per_stage, 1),
             "channels": (tiles, THREADS, batch),
             "grad_value": (tiles, THREADS, batch),
             "correlation_sums": (-(-4 * config.length // THREADS), THREADS, 1),
@@ -209,6 +210,7 @@ CASES = [
     (60, 37, SHORT, "nprf", True),
     (101, 127, STAGES, "prf", True),
     (250, 200, COLUMNS, "nprf", False),
+    (127, 101, FOLDS, "nprf", False),
 ]
 
 

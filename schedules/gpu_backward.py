@@ -91,7 +91,7 @@ def two_sides(sch: Schedule, config: GpuBackwardConfig, pair: Loop, inputs: dict
         _, back = _chains(radices, side)
         butterfly = below(sch, sch.get_sblock(f"of_{side}"), pair)[0]
         first_butterfly = place(sch, back, meetings, pair, butterfly, threads)
-        sch.unroll(_around(sch, meetings[back[0][0]][0], first_butterfly))
+        sch.unroll(around(sch, meetings[back[0][0]][0], first_butterfly))
     for side in ("values", "grads"):
         ahead, _ = _chains(radices, side)
         # the first inverse stage reads what its own thread kept, which its loops do not say
@@ -131,6 +131,6 @@ def _chains(radices: Sequence[int], side: str) -> tuple[list[tuple[str, int]], l
     return chain[: len(radices)], chain[len(radices) :]
 
 
-def _around(sch: Schedule, block: Block, loop: Loop) -> Loop:
+def around(sch: Schedule, block: Block, loop: Loop) -> Loop:
     """Return the loop directly around one of a block's loops."""
     return sch.get_loops(block)[-len(below(sch, block, loop)) - 2]

@@ -49,6 +49,11 @@ class GpuBackwardConfig(GpuAttentionConfig):
         return (self.head_dim + 1) // 2
 
     @property
+    def together(self) -> int:
+        """Features whose transforms a thread makes at once in the values' gradient."""
+        return 2 if self.folds > 1 and self.num_features % 2 == 0 else 1
+
+    @property
     def num_terms(self) -> int:
         """Terms of a denominator and remainder: one for each feature, or their sum."""
         return self.num_features if self.columns == 1 else 1

@@ -27,18 +27,18 @@ from rpe_tvm.te.gpu_attention import feature_sums, make_tables
 from rpe_tvm.te.shapes import Sizes
 
 
-def _features(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
+def features_of(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     shape = (sizes.batch, sizes.heads, cx.int64(config.num_features), cx.int64(config.length))
     return [te.placeholder(shape, cx.FLOAT, name) for name in ("phi_q", "phi_k")]
 
 
-def _spectrum(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
+def spectrum_of(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
     last = config.radices[-1]
     shape = (sizes.heads, *map(cx.int64, (config.residues, last, config.row // last, 2)))
     return te.placeholder(shape, cx.FLOAT, "spectrum")
 
 
-def _channels(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
+def channels_of(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
     first = config.radices[0]
     shape = map(cx.int64, (config.pairs, config.residues, config.folds, first, config.row // first, 2))
     return te.placeholder((cx.int64(2), sizes.batch, sizes.heads, *shape), cx.FLOAT, "channels")
@@ -54,8 +54,8 @@ def denominators(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         terms `[B, H, m, residues, folds, S, row / S]` with S the first radix, to be summed over features and remainders.
     """
     radices = config.radices
-    phi_q, phi_k = _features(config, sizes)
-    spectrum, tables = _spectrum(config, sizes), make_tables(config)
+    phi_q, phi_k = features_of(config, sizes)
+    spectrum, tables = spectrum_of(config, sizes), make_tables(config)
     rest = config.row // radices[0]
     lead = (sizes.batch, sizes.heads, config.num_features, config.residues)
 
@@ -91,8 +91,8 @@ def value_sums(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         phi_q and phi_k `[B, H, m, P]`, channels and spectrum as of `fft_backward`, tables (flat), partial
         `[B, H, (d + 1) / 2, residues, folds, S, row / S, 2]` with S the first radix, still twisted.
     """
-    phi_q, phi_k = _features(config, sizes)
-    channels, spectrum, tables = _channels(config, sizes), _spectrum(config, sizes), make_tables(config)
+    phi_q, phi_k = features_of(config, sizes)
+    channels, spectrum, tables = channels_of(config, sizes), spectrum_of(config, sizes), make_tables(config)
     rest = config.row // config.radices[0]
     packed = cx.compute(
         (sizes.batch, sizes.heads, config.value_pairs, config.residues, config.folds, config.radices[0], rest, 2),
@@ -100,7 +100,7 @@ def value_sums(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         "packed",
     )
     # the spectrum of C^T is the conjugate of that of C
-    partial = feature_sums(config, sizes, packed, phi_q, phi_k, spectrum, tables, cx.mul_conj)
+    partial = feature_sums(config, sizes, packed, phi_q, phi_k, spectrum, tables, cx.mul_conj, config.together)
     return [phi_q, phi_k, channels, spectrum, tables.tensor, partial]
 
 
@@ -128,8 +128,8 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     batch, heads = sizes.batch, sizes.heads
     first, last = radices[0], radices[-1]
     rest = row // first
-    phi_q, phi_k = _features(config, sizes)
-    channels, spectrum, tables = _channels(config, sizes), _spectrum(config, sizes), make_tables(config)
+    phi_q, phi_k = features_of(config, sizes)
+    channels, spectrum, tables = channels_of(config, sizes), spectrum_of(config, sizes), make_tables(config)
     lead = (batch, heads, m, config.residues, config.pairs)
 
     def spectra(name: str, side: int, weight: te.Tensor) -> te.Tensor:

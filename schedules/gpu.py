@@ -126,7 +126,8 @@ def place(
 ) -> Loop:
     """Compute all stages under `product`, one transform of a block of threads; the last one under `butterfly`.
 
-    `together` is the number of last leading axes of which a thread makes all butterflies at once. Returns the loop of one butterfly of the first stage.
+    `together` is the number of last leading axes of which a thread makes all butterflies at once. Returns the loop of
+    one butterfly of the first stage.
     """
     _in_registers(sch, *chain[-1], butterfly)
     for (producer, radix), (consumer, _) in reversed(list(zip(chain, chain[1:], strict=False))):

@@ -10,8 +10,10 @@ from rpe_tvm.plan.gpu import GpuAttentionConfig
 
 LONGEST = gpu.LONGEST
 
-# Shared memory of a block on sm_90: enough for a row of 8192 points and what threads keep of it (221,184 bytes).
+# Shared memory of a block on sm_90. Two folds of 4096 positions need 167,936 bytes, a block of sm_80 has 166,912.
 HOPPER = 232_448
+# transformed in shared memory by two folds of 4096 positions
+FOLDED = 8192
 
 # Blocks that a multiprocessor shall hold at once: 128 registers for each of 512 threads, with few spilled.
 BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 16, 8): 4, (16, 16, 16): 2}
@@ -85,10 +87,10 @@ def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = HOPPER)
         raise ValueError(f"Invalid length: expected at most {LONGEST} positions for gradients on a GPU, got {n}.")
     length = gpu.gpu_bucket(n)
     row = length
-    if length > (8192 if shared_bytes >= HOPPER else 4096):
+    if length > 4096:
         row = 8192 if length > 32 * 4096 else 4096
+    folds = 2 if length == FOLDED and shared_bytes >= HOPPER else 1
     radices = gpu.ROW_RADICES[row]
-    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0)
-    return GpuBackwardConfig(
-        num_features, head_dim, length, radices, row // radices[0], columns=length // row, blocks_per_sm=blocks_per_sm
-    )
+    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0) if folds == 1 else 0
+    columns = length // (folds * row)
+    return GpuBackwardConfig(num_features, head_dim, length, radices, row // radices[0], folds, columns, blocks_per_sm)

@@ -56,7 +56,7 @@ def denominator_terms(config: GpuBackwardConfig, batch: int, heads: int) -> tupl
 
 
 def channels(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """Pairs of channels of values and of their gradient's rows, complex, twisted, `[2, B, H, pairs, residues, P, 2]`."""
+    """Pairs of channels of values and of their gradient's rows, twisted, `[2, B, H, pairs, residues, P, 2]`."""
     return 2, batch, heads, config.pairs, config.residues, config.length, 2
 
 
@@ -66,7 +66,7 @@ def correlation(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int,
 
 
 def grad_phi(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """Gradient of the features of queries or of keys by remainder, `[B, H, m, residues, P]`, with columns `[B, H, m, 1, P]`."""
+    """Gradient of the features of queries or of keys by remainder, `[B, H, m, residues, P]`, with columns their sum."""
     return batch, heads, config.num_features, config.grad_parts, config.length
 
 

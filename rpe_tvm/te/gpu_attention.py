@@ -143,7 +143,8 @@ def feature_sums(
     back = gpu_dft.inverse(
         "back", radices, lead, tables, lambda where, block, t: cx.load(ahead, *where, block, t, 0, 0)
     )
-    chunk, each = (te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in zip(lead[-2:], ("chunk", "each")))
+    chunk = te.reduce_axis((cx.int64(0), cx.int64(m // together)), "chunk")
+    each = te.reduce_axis((cx.int64(0), cx.int64(together)), "each")
 
     def product_of(b: Expr, h: Expr, pair: Expr, r: Expr, fold: Expr, s: Expr, q: Expr, c: Expr) -> Expr:
         weight = phi_out[b, h, chunk * together + each, fold * row + s * rest + q]

@@ -51,7 +51,8 @@ def denominators(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     -------
     list of te.Tensor
         phi_q and phi_k `[B, H, m, P]`, spectrum `[H, residues, R, row / R, 2]` with R the last radix, tables (flat),
-        terms `[B, H, m, residues, folds, S, row / S]` with S the first radix, to be summed over features and remainders.
+        terms `[B, H, m, residues, folds, S, row / S]` with S the first radix, to be summed over features and
+        remainders.
     """
     radices = config.radices
     phi_q, phi_k = features_of(config, sizes)
@@ -121,8 +122,9 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         `[2, B, H, pairs, residues, folds, S, row / S, 2]` with S the first radix, see `te.gpu_gradients.channels`;
         spectrum `[H, residues, R, row / R, 2]` with R the last radix, tables (flat), correlation
         `[B, H, m, residues, 2, S, row / S]`, grad_phi_k and grad_phi_q `[B, H, m, residues, folds, S, row / S]`. The
-        latter are to be added over remainders. Of the correlation's spectrum, to be added over features and batch, real and
-        imaginary part are given, frequency (u, t, q) with s = u * R + t at block u * (row / S) + q of the digit order.
+        latter are to be added over remainders. Of the correlation's spectrum, to be added over features and batch, real
+        and imaginary part are given, frequency (u, t, q) with s = u * R + t at block u * (row / S) + q of the digit
+        order.
     """
     m, row, radices = config.num_features, config.row, config.radices
     batch, heads = sizes.batch, sizes.heads

@@ -290,8 +290,8 @@ def grad_bias(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list
-        lags `[H, residues, P]` as `weight_sums` returns them, rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k, causal
-        (0 or 1), grad_bias, as rpe_bias.
+        lags `[H, residues, P]` as `weight_sums` returns them, rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k,
+        causal (0 or 1), grad_bias, as rpe_bias.
     """
     length = config.length
     lags = te.placeholder((sizes.heads, cx.int64(config.residues), cx.int64(length)), cx.FLOAT, "lags")

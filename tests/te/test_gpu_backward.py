@@ -38,7 +38,7 @@ SHORT = choose(60, M, D)
 STAGES = GpuBackwardConfig(M, 4, 128, (8, 4, 4), 16)
 COLUMNS = GpuBackwardConfig(M, 4, 256, (8, 8), 8, columns=4)
 # two features at once
-FOLDS = GpuBackwardConfig(2, 3, 128, (8, 8), 8, folds=2)
+FOLDS = GpuBackwardConfig(2, 3, 256, (8, 4, 4), 16, folds=2)
 
 
 class Emulated:
@@ -211,7 +211,7 @@ CASES = [
     (60, 37, SHORT, "nprf", True),
     (101, 127, STAGES, "prf", True),
     (250, 200, COLUMNS, "nprf", False),
-    (127, 101, FOLDS, "nprf", False),
+    (255, 201, FOLDS, "nprf", False),
 ]
 
 

@@ -77,13 +77,16 @@ def _pad(sch: Schedule, store: Block, axis: int, row: int, width: int) -> None:
         sch.storage_align(store, 0, rank - axis, PAIR * row, PAIR * width)
 
 
-def _bind_threads(sch: Schedule, store: Block, axes: int, threads: int) -> Loop:
+def _bind_threads(sch: Schedule, store: Block, axes: int, threads: int, together: int = 0) -> Loop:
     """Give the butterflies that a block of loops (..., block, t, rest ..., part) stores to threads.
 
-    `axes` is the number of these last loops. Returns the loop of one butterfly.
+    `axes` is the number of these last loops; of the `together` before them a thread has all turns. Returns the loop of
+    one butterfly.
     """
-    butterfly, t, *rest, part = sch.get_loops(store)[-axes:]
-    sch.reorder(butterfly, *rest, t, part)
+    loops = sch.get_loops(store)[-axes - together :]
+    each, (butterfly, t, *rest, part) = loops[:together], loops[together:]
+    sch.reorder(butterfly, *rest, *each, t, part)
+    unroll(sch, each)
     _, thread = sch.split(sch.fuse(butterfly, *rest), [None, threads])
     sch.bind(thread, "threadIdx.x")
     sch.unroll(t)
@@ -120,10 +123,12 @@ def place(
     product: Loop,
     butterfly: Loop,
     threads: int,
+    together: int = 0,
 ) -> Loop:
     """Compute all stages under `product`, one transform of a block of threads; the last one under `butterfly`.
 
-    Returns the loop of one butterfly of the first stage.
+    `together` is the number of last leading axes of which a thread makes all butterflies at once. Returns the loop of
+    one butterfly of the first stage.
     """
     _in_registers(sch, *chain[-1], butterfly)
     for (producer, radix), (consumer, _) in reversed(list(zip(chain, chain[1:], strict=False))):
@@ -135,7 +140,7 @@ def place(
             sch.vectorize(loops[-1])
             sch.compute_at(store, product, preserve_unit_loops=True)
             axes = AHEAD_AXES if producer.startswith("ahead") else BACK_AXES
-            butterfly = _bind_threads(sch, store, axes, threads)
+            butterfly = _bind_threads(sch, store, axes, threads, together)
         _in_registers(sch, producer, radix, butterfly)
     return butterfly
 
@@ -178,9 +183,9 @@ def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
     meetings = meet(sch, chain)
 
     partial = sch.get_sblock("partial")
-    b, h, pair, residue, fold, s, q, c, feature = sch.get_loops(partial)
+    b, h, pair, residue, fold, s, q, c, chunk, each = sch.get_loops(partial)
     outer, thread = sch.split(q, [None, threads])
-    sch.reorder(b, h, pair, residue, thread, feature, outer, fold, s, c)
+    sch.reorder(b, h, pair, residue, thread, chunk, outer, fold, s, c, each)
     block = sch.fuse(pair, residue)
     bind_grid(sch, b, h, block)
     sch.bind(thread, "threadIdx.x")
@@ -190,11 +195,11 @@ def fft_attention(sch: Schedule, config: GpuAttentionConfig) -> None:
     unroll(sch, loops[:-1])
     sch.vectorize(loops[-1])
 
-    place(sch, chain, meetings, feature, outer, threads)
+    place(sch, chain, meetings, chunk, outer, threads, together=1)
     _pack_in_shared(sch, block, threads)
     pad_meetings(sch, radices, meetings)
-    unroll(sch, sch.get_loops(partial)[-4:])
-    sch.decompose_reduction(partial, feature)
+    unroll(sch, sch.get_loops(partial)[-5:])
+    sch.decompose_reduction(partial, chunk)
     unroll(sch, sch.get_loops(sch.get_sblock("partial_init"))[-4:])
 
 

@@ -28,28 +28,28 @@ KEPT_IN_SHARED = 2048
 
 
 def denominators(sch: Schedule, config: GpuBackwardConfig) -> None:
-    """Schedule `te.gpu_backward.denominators`: a block of threads for each (batch, head, feature, parity)."""
+    """Schedule `te.gpu_backward.denominators`: a block of threads for each (batch, head, feature, remainder)."""
     chain = stages(config.radices, inverse=True)
     meetings = meet(sch, chain)
     terms = sch.get_sblock("terms")
-    b, h, feature, parity, s, q = sch.get_loops(terms)
-    sch.reorder(q, s)
-    block = sch.fuse(feature, parity)
+    b, h, feature, residue, fold, s, q = sch.get_loops(terms)
+    sch.reorder(q, fold, s)
+    block = sch.fuse(feature, residue)
     bind_grid(sch, b, h, block)
     sch.bind(q, "threadIdx.x")
     place(sch, chain, meetings, block, q, config.threads)
     pad_meetings(sch, config.radices, meetings)
-    sch.unroll(s)
+    unroll(sch, [fold, s])
 
 
 def fft_backward(sch: Schedule, config: GpuBackwardConfig) -> None:
-    """Schedule `te.gpu_backward.fft_backward`: a block of threads for each (batch, head, feature, parity)."""
+    """Schedule `te.gpu_backward.fft_backward`: a block of threads for each (batch, head, feature, remainder)."""
     results = {name: sch.get_sblock(name) for name in ("correlation", "of_grads", "of_values")}
     for result in results.values():
-        b, h, f, p, *inner, q, pair = sch.get_loops(result)
-        sch.reorder(b, h, f, p, q, pair, *inner)
-    b, h, f, p, q, pair = nest(sch, results, grid=4)
-    bind_grid(sch, b, h, sch.fuse(f, p))
+        b, h, f, r, *inner, q, pair = sch.get_loops(result)
+        sch.reorder(b, h, f, r, q, pair, *inner)
+    b, h, f, r, q, pair = nest(sch, results, grid=4)
+    bind_grid(sch, b, h, sch.fuse(f, r))
     for result in results.values():
         sum_in_registers(sch, result, q)
     two_sides(sch, config, pair, {"values": "channels", "grads": "channels"})
@@ -91,7 +91,7 @@ def two_sides(sch: Schedule, config: GpuBackwardConfig, pair: Loop, inputs: dict
         _, back = _chains(radices, side)
         butterfly = below(sch, sch.get_sblock(f"of_{side}"), pair)[0]
         first_butterfly = place(sch, back, meetings, pair, butterfly, threads)
-        sch.unroll(_around(sch, meetings[back[0][0]][0], first_butterfly))
+        sch.unroll(around(sch, meetings[back[0][0]][0], first_butterfly))
     for side in ("values", "grads"):
         ahead, _ = _chains(radices, side)
         # the first inverse stage reads what its own thread kept, which its loops do not say
@@ -131,6 +131,6 @@ def _chains(radices: Sequence[int], side: str) -> tuple[list[tuple[str, int]], l
     return chain[: len(radices)], chain[len(radices) :]
 
 
-def _around(sch: Schedule, block: Block, loop: Loop) -> Loop:
+def around(sch: Schedule, block: Block, loop: Loop) -> Loop:
     """Return the loop directly around one of a block's loops."""
     return sch.get_loops(block)[-len(below(sch, block, loop)) - 2]

@@ -43,12 +43,12 @@ def _of_tile(sch: Schedule, block: Block, tile: Loop, threads: int, axes: int = 
 def channels(sch: Schedule) -> None:
     """Schedule `te.gpu_gradients.channels`: a block of threads for each tile of positions."""
     result = sch.get_sblock("channels")
-    side, b, h, pair, parity, i, c = sch.get_loops(result)
+    side, b, h, pair, residue, i, c = sch.get_loops(result)
     tile, position = sch.split(i, [None, TILE])
-    sch.reorder(b, h, tile, side, pair, position, parity, c)
+    sch.reorder(b, h, tile, side, pair, position, residue, c)
     bind_grid(sch, b, h, tile)
     _over_threads(sch, sch.fuse(side, pair, position))
-    unroll(sch, [parity, c])
+    unroll(sch, [residue, c])
     for name in ("grads_row", "values_row"):
         row = sch.get_sblock(name)
         _of_tile(sch, row, tile, THREADS)
@@ -106,16 +106,16 @@ def correlation_sums(sch: Schedule) -> None:
 
 
 def weight_sums(sch: Schedule, config: GpuBackwardConfig) -> None:
-    """Schedule `te.gpu_gradients.weight_sums`: a block of threads for each (head, parity)."""
+    """Schedule `te.gpu_gradients.weight_sums`: a block of threads for each (head, remainder)."""
     chain = stages(config.radices, inverse=True)[len(config.radices) :]
     meetings = meet(sch, chain)
-    h, p, s, q = sch.get_loops(sch.get_sblock("lags"))
-    sch.reorder(q, s)
-    bind_grid(sch, h, p)
+    h, residue, fold, s, q = sch.get_loops(sch.get_sblock("lags"))
+    sch.reorder(q, fold, s)
+    bind_grid(sch, h, residue)
     sch.bind(q, "threadIdx.x")
-    place(sch, chain, meetings, p, q, config.threads)
+    place(sch, chain, meetings, residue, q, config.threads)
     pad_meetings(sch, config.radices, meetings)
-    sch.unroll(s)
+    unroll(sch, [fold, s])
 
 
 def grad_bias(sch: Schedule) -> None:

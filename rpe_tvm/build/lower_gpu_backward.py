@@ -16,8 +16,9 @@ from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.schedules import gpu, gpu_gradients, gpu_long
 from rpe_tvm.schedules import gpu_backward as schedules
+from rpe_tvm.schedules import gpu_folded_backward as folded
 from rpe_tvm.schedules import gpu_long_backward as gpu_long_backward_schedules
-from rpe_tvm.te import gpu_backward, gpu_backward_calls, gpu_long_backward, shapes
+from rpe_tvm.te import gpu_backward, gpu_backward_calls, gpu_folded_backward, gpu_long_backward, shapes
 from rpe_tvm.te import gpu_gradients as rows
 from rpe_tvm.te.gpu_features import FEATURE_MAPS
 
@@ -74,9 +75,10 @@ def _short(config: GpuBackwardConfig) -> list[Function]:
     def of_config(schedule: Callable[..., None]) -> Callable[[Schedule], None]:
         return functools.partial(_with, schedule, config)
 
+    kernel, schedule = (gpu_folded_backward, folded) if config.folds > 1 else (gpu_backward, schedules)
     return [
         ("denominators", gpu_backward.denominators(config, sizes), of_config(schedules.denominators)),
-        ("backward", gpu_backward.fft_backward(config, sizes), of_config(schedules.fft_backward)),
+        ("backward", kernel.fft_backward(config, sizes), of_config(schedule.fft_backward)),
         ("value_sums", gpu_backward.value_sums(config, sizes), of_config(gpu.fft_attention)),
         ("correlation_sums", rows.correlation_sums(config, sizes), gpu_gradients.correlation_sums),
         ("weight_sums", rows.weight_sums(config, sizes), of_config(gpu_gradients.weight_sums)),

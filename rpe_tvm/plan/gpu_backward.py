@@ -10,8 +10,10 @@ from rpe_tvm.plan.gpu import GpuAttentionConfig
 
 LONGEST = gpu.LONGEST
 
-# Shared memory of a block on sm_90: enough for a row of 8192 points and what threads keep of it (221,184 bytes).
+# Shared memory of a block on sm_90. Two folds of 4096 positions need 167,936 bytes, a block of sm_80 has 166,912.
 HOPPER = 232_448
+# transformed in shared memory by two folds of 4096 positions
+FOLDED = 8192
 
 # Blocks that a multiprocessor shall hold at once: 128 registers for each of 512 threads, with few spilled.
 BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 16, 8): 4, (16, 16, 16): 2}
@@ -19,7 +21,7 @@ BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 16, 8): 4, (16, 16, 16): 2}
 
 @dataclass(frozen=True)
 class GpuBackwardConfig(GpuAttentionConfig):
-    """How the gradients are computed; the fields are those of attention, whose transform is not folded.
+    """How the gradients are computed; the fields are those of attention.
 
     A thread keeps the frequencies that it made until it multiplies them, so each thread has one butterfly of the first
     radix, and as many points in all other stages.
@@ -29,10 +31,8 @@ class GpuBackwardConfig(GpuAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.folds, self.dtype) != (1, "float32"):
-            raise ValueError(
-                f"Invalid config of gradients: expected folds 1 and float32, got {self.folds} and {self.dtype}."
-            )
+        if self.dtype != "float32":
+            raise ValueError(f"Invalid config of gradients: expected float32, got {self.dtype}.")
         first = self.radices[0]
         if self.threads * first != self.row or any(first % radix for radix in self.radices):
             raise ValueError(
@@ -51,14 +51,19 @@ class GpuBackwardConfig(GpuAttentionConfig):
         return (self.head_dim + 1) // 2
 
     @property
+    def together(self) -> int:
+        """Features whose transforms a thread makes at once in the values' gradient."""
+        return 2 if self.folds > 1 and self.num_features % 2 == 0 else 1
+
+    @property
     def num_terms(self) -> int:
-        """Terms of a denominator and parity: one for each feature, or their sum."""
+        """Terms of a denominator and remainder: one for each feature, or their sum."""
         return self.num_features if self.columns == 1 else 1
 
     @property
     def grad_parts(self) -> int:
-        """Parts of a feature's gradient: its parities, or their sum."""
-        return 2 if self.columns == 1 else 1
+        """Parts of a feature's gradient: its remainders, or their sum."""
+        return self.residues if self.columns == 1 else 1
 
 
 def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = HOPPER) -> GpuBackwardConfig:
@@ -82,10 +87,10 @@ def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = HOPPER)
         raise ValueError(f"Invalid length: expected at most {LONGEST} positions for gradients on a GPU, got {n}.")
     length = gpu.gpu_bucket(n)
     row = length
-    if length > (8192 if shared_bytes >= HOPPER else 4096):
+    if length > 4096:
         row = 8192 if length > 32 * 4096 else 4096
+    folds = 2 if length == FOLDED and shared_bytes >= HOPPER else 1
     radices = gpu.ROW_RADICES[row]
-    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0)
-    return GpuBackwardConfig(
-        num_features, head_dim, length, radices, row // radices[0], columns=length // row, blocks_per_sm=blocks_per_sm
-    )
+    blocks_per_sm = BLOCKS_PER_SM.get(radices, 0) if folds == 1 else 0
+    columns = length // (folds * row)
+    return GpuBackwardConfig(num_features, head_dim, length, radices, row // radices[0], folds, columns, blocks_per_sm)

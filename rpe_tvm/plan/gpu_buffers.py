@@ -52,22 +52,22 @@ def pairs_at_once(config: GpuAttentionConfig) -> int:
 
 
 def denominator_terms(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """What features and parities add to the denominators, `[B, H, m, 2, P]`, with columns `[B, H, 1, 2, P]`."""
+    """What features and remainders add to the denominators, `[B, H, m, residues, P]`, with columns m is 1."""
     return batch, heads, config.num_terms, config.residues, config.length
 
 
 def channels(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """Pairs of channels of values and of their gradient's rows, complex, twisted, `[2, B, H, pairs, 2, P, 2]`."""
-    return 2, batch, heads, config.pairs, 2, config.length, 2
+    """Pairs of channels of values and of their gradient's rows, twisted, `[2, B, H, pairs, residues, P, 2]`."""
+    return 2, batch, heads, config.pairs, config.residues, config.length, 2
 
 
 def correlation(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """Spectra of the weights' correlation by real and imaginary part, `[B, H, m, 2, 2, P]`."""
-    return batch, heads, config.num_features, 2, 2, config.length
+    """Spectra of the weights' correlation by real and imaginary part, `[B, H, m, residues, 2, row]`."""
+    return batch, heads, config.num_features, config.residues, 2, config.row
 
 
 def grad_phi(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """Gradient of the features of queries or of keys by parity, `[B, H, m, 2, P]`, with columns `[B, H, m, 1, P]`."""
+    """Gradient of the features of queries or of keys by remainder, `[B, H, m, residues, P]`, with columns their sum."""
     return batch, heads, config.num_features, config.grad_parts, config.length
 
 
@@ -77,5 +77,5 @@ def row_correlation(config: GpuBackwardConfig) -> tuple[int, ...]:
 
 
 def value_partial(config: GpuBackwardConfig, batch: int, heads: int) -> tuple[int, ...]:
-    """Sums over features of the values' gradient, complex, `[B, H, (d + 1) / 2, 2, P, 2]`."""
-    return batch, heads, config.value_pairs, 2, config.length, 2
+    """Sums over features of the values' gradient, complex, `[B, H, (d + 1) / 2, residues, P, 2]`."""
+    return batch, heads, config.value_pairs, config.residues, config.length, 2

@@ -89,8 +89,8 @@ def _buffers(
             "channels": gpu_buffers.channels(config, batch, heads),
             "correlation": gpu_buffers.correlation(config, batch, heads),
             "partial": gpu_buffers.value_partial(config, batch, heads),
-            "summed": (heads, 2, 2, config.length),
-            "lags": (heads, 2, config.length),
+            "summed": (heads, config.residues, 2, config.row),
+            "lags": (heads, config.residues, config.length),
         }
     elif not isinstance(config, GpuBackwardConfig):
         shapes["partial"] = gpu_buffers.partial(config, batch, heads)

@@ -101,6 +101,7 @@ def feature_sums(
     spectrum: te.Tensor,
     tables: gpu_dft.Tables,
     product: Callable[[Complex, Complex], Complex],
+    together: int = 1,
 ) -> te.Tensor:
     """Return sum_f phi_out[f] * (C (phi_in[f] * packed)), still twisted.
 
@@ -118,13 +119,16 @@ def feature_sums(
         The constants.
     product
         Of transform and spectrum; with the conjugate of the spectrum C is transposed.
+    together
+        Features whose transforms a thread makes at once; divides m.
     """
     m, row, radices = config.num_features, config.row, config.radices
     rest = row // radices[0]
     lead = (sizes.batch, sizes.heads, *packed.shape[2:4])
 
     def load(where: tuple[Expr, ...], s: int, q: Expr) -> Complex:
-        *at, feature = where
+        *at, chunk, each = where
+        feature = chunk * together + each
         terms = [
             cx.scale(cx.load(packed, *at, fold, s, q), phi_in[at[0], at[1], feature, fold * row + s * rest + q])
             for fold in range(config.folds)
@@ -134,18 +138,19 @@ def feature_sums(
     def multiply(where: tuple[Expr, ...], block: Expr, t: int, value: Complex) -> Complex:
         return product(value, cx.load(spectrum, where[1], where[3], t, block))
 
-    ahead = gpu_dft.forward("ahead", radices, (*lead, m), tables, load, multiply)
+    lead = (*lead, m // together, together)
+    ahead = gpu_dft.forward("ahead", radices, lead, tables, load, multiply)
     back = gpu_dft.inverse(
-        "back", radices, (*lead, m), tables, lambda where, block, t: cx.load(ahead, *where, block, t, 0, 0)
+        "back", radices, lead, tables, lambda where, block, t: cx.load(ahead, *where, block, t, 0, 0)
     )
-    feature = te.reduce_axis((cx.int64(0), cx.int64(m)), "feature")
-    return cx.compute(
-        packed.shape,
-        lambda b, h, pair, r, fold, s, q, c: te.sum(
-            phi_out[b, h, feature, fold * row + s * rest + q] * back[b, h, pair, r, feature, 0, s, q, c], axis=feature
-        ),
-        "partial",
-    )
+    chunk = te.reduce_axis((cx.int64(0), cx.int64(m // together)), "chunk")
+    each = te.reduce_axis((cx.int64(0), cx.int64(together)), "each")
+
+    def product_of(b: Expr, h: Expr, pair: Expr, r: Expr, fold: Expr, s: Expr, q: Expr, c: Expr) -> Expr:
+        weight = phi_out[b, h, chunk * together + each, fold * row + s * rest + q]
+        return te.sum(weight * back[b, h, pair, r, chunk, each, 0, s, q, c], axis=[chunk, each])
+
+    return cx.compute(packed.shape, product_of, "partial")
 
 
 def normalise(config: GpuAttentionConfig, sizes: Sizes) -> list[te.Tensor]:

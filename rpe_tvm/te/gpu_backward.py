@@ -1,4 +1,4 @@
-"""Gradients of kernelized attention with RPE by FFT on GPUs: a block of threads for each head, feature and parity.
+"""Gradients of kernelized attention with RPE by FFT on GPUs: a block of threads for each head, feature and remainder.
 
 The formulas are those of `te.fft_backward`. Side 0 is y_f = C (phi_k[f] * value), side 1 is z_f = C^T (phi_q[f] * g).
 Of both the features' gradients take a sum over channels, and the weights' gradient is the product of their spectra,
@@ -6,13 +6,14 @@ summed over channels: a block walks through the pairs of channels of its feature
 denominators ride along as one more channel, 1 on the side of values and w_i = -sum_e g_ie out_ie on the other.
 
 The gradient of the values, sum_f phi_k[f] z_f, is attention's sum over features with queries and keys exchanged, a
-block of threads for each head, pair of channels and parity. What is done to rows before and after is in
+block of threads for each head, pair of channels and remainder. What is done to rows before and after is in
 `te.gpu_gradients`.
 Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,20 +27,20 @@ from rpe_tvm.te.gpu_attention import feature_sums, make_tables
 from rpe_tvm.te.shapes import Sizes
 
 
-def _features(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
+def features_of(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     shape = (sizes.batch, sizes.heads, cx.int64(config.num_features), cx.int64(config.length))
     return [te.placeholder(shape, cx.FLOAT, name) for name in ("phi_q", "phi_k")]
 
 
-def _spectrum(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
+def spectrum_of(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
     last = config.radices[-1]
     shape = (sizes.heads, *map(cx.int64, (config.residues, last, config.row // last, 2)))
     return te.placeholder(shape, cx.FLOAT, "spectrum")
 
 
-def _channels(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
+def channels_of(config: GpuBackwardConfig, sizes: Sizes) -> te.Tensor:
     first = config.radices[0]
-    shape = map(cx.int64, (config.pairs, 2, first, config.row // first, 2))
+    shape = map(cx.int64, (config.pairs, config.residues, config.folds, first, config.row // first, 2))
     return te.placeholder((cx.int64(2), sizes.batch, sizes.heads, *shape), cx.FLOAT, "channels")
 
 
@@ -49,19 +50,21 @@ def denominators(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        phi_q and phi_k `[B, H, m, P]`, spectrum `[H, 2, R, P / R, 2]` with R the last radix, tables (flat), terms
-        `[B, H, m, 2, S, P / S]` with S the first radix, to be summed over features and parities.
+        phi_q and phi_k `[B, H, m, P]`, spectrum `[H, residues, R, row / R, 2]` with R the last radix, tables (flat),
+        terms `[B, H, m, residues, folds, S, row / S]` with S the first radix, to be summed over features and
+        remainders.
     """
     radices = config.radices
-    phi_q, phi_k = _features(config, sizes)
-    spectrum, tables = _spectrum(config, sizes), make_tables(config)
+    phi_q, phi_k = features_of(config, sizes)
+    spectrum, tables = spectrum_of(config, sizes), make_tables(config)
     rest = config.row // radices[0]
     lead = (sizes.batch, sizes.heads, config.num_features, config.residues)
 
     def load(where: tuple[Expr, ...], s: int, q: Expr) -> Complex:
-        b, h, feature, parity = where
-        position = s * rest + q
-        return tables.twist(parity, position, (phi_k[b, h, feature, position], cx.real(0.0)))
+        b, h, feature, residue = where
+        positions = [fold * config.row + s * rest + q for fold in range(config.folds)]
+        terms = [tables.twist(residue, at, (phi_k[b, h, feature, at], cx.real(0.0))) for at in positions]
+        return functools.reduce(cx.add, terms)
 
     def multiply(where: tuple[Expr, ...], block: Expr, t: int, value: Complex) -> Complex:
         return cx.mul(value, cx.load(spectrum, where[1], where[3], t, block))
@@ -71,12 +74,12 @@ def denominators(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         "back", radices, lead, tables, lambda where, block, t: cx.load(ahead, *where, block, t, 0, 0)
     )
 
-    def term(b: Expr, h: Expr, feature: Expr, parity: Expr, s: Expr, q: Expr) -> Expr:
-        position = s * rest + q
-        product = tables.untwist(parity, position, cx.load(back, b, h, feature, parity, 0, s, q))
+    def term(b: Expr, h: Expr, feature: Expr, residue: Expr, fold: Expr, s: Expr, q: Expr) -> Expr:
+        position = fold * config.row + s * rest + q
+        product = tables.untwist(residue, position, cx.load(back, b, h, feature, residue, 0, s, q))
         return phi_q[b, h, feature, position] * product[0]
 
-    terms = cx.compute((*lead, radices[0], rest), term, "terms")
+    terms = cx.compute((*lead, config.folds, radices[0], rest), term, "terms")
     return [phi_q, phi_k, spectrum, tables.tensor, terms]
 
 
@@ -87,18 +90,18 @@ def value_sums(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     -------
     list of te.Tensor
         phi_q and phi_k `[B, H, m, P]`, channels and spectrum as of `fft_backward`, tables (flat), partial
-        `[B, H, (d + 1) / 2, 2, 1, S, P / S, 2]` with S the first radix, still twisted.
+        `[B, H, (d + 1) / 2, residues, folds, S, row / S, 2]` with S the first radix, still twisted.
     """
-    phi_q, phi_k = _features(config, sizes)
-    channels, spectrum, tables = _channels(config, sizes), _spectrum(config, sizes), make_tables(config)
+    phi_q, phi_k = features_of(config, sizes)
+    channels, spectrum, tables = channels_of(config, sizes), spectrum_of(config, sizes), make_tables(config)
     rest = config.row // config.radices[0]
     packed = cx.compute(
-        (sizes.batch, sizes.heads, config.value_pairs, 2, 1, config.radices[0], rest, 2),
-        lambda b, h, pair, p, fold, s, q, c: channels[1, b, h, pair, p, s, q, c],
+        (sizes.batch, sizes.heads, config.value_pairs, config.residues, config.folds, config.radices[0], rest, 2),
+        lambda *at: channels[(1, *at)],
         "packed",
     )
     # the spectrum of C^T is the conjugate of that of C
-    partial = feature_sums(config, sizes, packed, phi_q, phi_k, spectrum, tables, cx.mul_conj)
+    partial = feature_sums(config, sizes, packed, phi_q, phi_k, spectrum, tables, cx.mul_conj, config.together)
     return [phi_q, phi_k, channels, spectrum, tables.tensor, partial]
 
 
@@ -115,35 +118,44 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        phi_q and phi_k `[B, H, m, P]` (both zero past the length), channels `[2, B, H, pairs, 2, S, P / S, 2]` with S
-        the first radix, see `te.gpu_gradients.channels`; spectrum `[H, 2, R, P / R, 2]` with R the last radix, tables
-        (flat), correlation `[B, H, m, 2, 2, S, P / S]`, grad_phi_k and grad_phi_q `[B, H, m, 2, S, P / S]`. The latter
-        are to be added over parities. Of the correlation's spectrum, to be added over features and batch, real and
-        imaginary part are given, frequency (u, t, q) with s = u * R + t at block u * (P / S) + q of the digit order.
+        phi_q and phi_k `[B, H, m, P]` (both zero past the length), channels
+        `[2, B, H, pairs, residues, folds, S, row / S, 2]` with S the first radix, see `te.gpu_gradients.channels`;
+        spectrum `[H, residues, R, row / R, 2]` with R the last radix, tables (flat), correlation
+        `[B, H, m, residues, 2, S, row / S]`, grad_phi_k and grad_phi_q `[B, H, m, residues, folds, S, row / S]`. The
+        latter are to be added over remainders. Of the correlation's spectrum, to be added over features and batch, real
+        and imaginary part are given, frequency (u, t, q) with s = u * R + t at block u * (row / S) + q of the digit
+        order.
     """
     m, row, radices = config.num_features, config.row, config.radices
     batch, heads = sizes.batch, sizes.heads
     first, last = radices[0], radices[-1]
     rest = row // first
-    phi_q, phi_k = _features(config, sizes)
-    channels, spectrum, tables = _channels(config, sizes), _spectrum(config, sizes), make_tables(config)
-    lead = (batch, heads, m, 2, config.pairs)
+    phi_q, phi_k = features_of(config, sizes)
+    channels, spectrum, tables = channels_of(config, sizes), spectrum_of(config, sizes), make_tables(config)
+    lead = (batch, heads, m, config.residues, config.pairs)
 
     def spectra(name: str, side: int, weight: te.Tensor) -> te.Tensor:
         def load(where: tuple[Expr, ...], s: int, q: Expr) -> Complex:
-            b, h, feature, parity, pair = where
-            return cx.scale(cx.load(channels, side, b, h, pair, parity, s, q), weight[b, h, feature, s * rest + q])
+            b, h, feature, residue, pair = where
+            terms = [
+                cx.scale(
+                    cx.load(channels, side, b, h, pair, residue, fold, s, q),
+                    weight[b, h, feature, fold * row + s * rest + q],
+                )
+                for fold in range(config.folds)
+            ]
+            return functools.reduce(cx.add, terms)
 
         return kept_spectra(name, radices, lead, tables, load)
 
     values, grads = spectra("values", 0, phi_k), spectra("grads", 1, phi_q)
     pair = te.reduce_axis((cx.int64(0), cx.int64(config.pairs)), "pair")
 
-    def cross(b: Expr, h: Expr, f: Expr, p: Expr, c: Expr, s: Expr, q: Expr) -> Expr:
-        at = (b, h, f, p, pair, s // last, s % last, q)
+    def cross(b: Expr, h: Expr, f: Expr, r: Expr, c: Expr, s: Expr, q: Expr) -> Expr:
+        at = (b, h, f, r, pair, s // last, s % last, q)
         return te.sum(cx.part(c, cx.mul_conj(cx.load(values, *at), cx.load(grads, *at))), axis=pair)
 
-    correlation = cx.compute((batch, heads, m, 2, 2, first, rest), cross, "correlation")
+    correlation = cx.compute((batch, heads, m, config.residues, 2, first, rest), cross, "correlation")
 
     def grad_phi(name: str, kept: te.Tensor, side: int, product: Callable[[Complex, Complex], Complex]) -> te.Tensor:
         """Products of a side with the weights, times the channels of the other side, summed over these."""
@@ -154,12 +166,12 @@ def fft_backward(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         back = back_from(name, radices, lead, tables, kept, weighted)
         over = te.reduce_axis((cx.int64(0), cx.int64(config.pairs)), "pair")
 
-        def dot(b: Expr, h: Expr, f: Expr, p: Expr, s: Expr, q: Expr) -> Expr:
+        def dot(b: Expr, h: Expr, f: Expr, r: Expr, fold: Expr, s: Expr, q: Expr) -> Expr:
             # both are twisted, and the twists cancel
-            x, y = cx.load(back, b, h, f, p, over, 0, s, q), cx.load(channels, 1 - side, b, h, over, p, s, q)
+            x, y = cx.load(back, b, h, f, r, over, 0, s, q), cx.load(channels, 1 - side, b, h, over, r, fold, s, q)
             return te.sum(x[0] * y[0] + x[1] * y[1], axis=over)
 
-        return cx.compute((batch, heads, m, 2, first, rest), dot, f"of_{name}")
+        return cx.compute((batch, heads, m, config.residues, config.folds, first, rest), dot, f"of_{name}")
 
     # the spectrum of C^T is the conjugate of that of C
     grad_phi_k = grad_phi("grads", grads, 1, cx.mul_conj)

@@ -59,25 +59,26 @@ def gradients(config: GpuBackwardConfig) -> tvm.tirx.PrimFunc:
         def whole(name: str) -> Any:
             return piece(workspace, found[name], found[name].shape)
 
+        folded = config.folds, first, config.row // first
+
         def by_radix(name: str, *split: int, parts: int = 0) -> Any:
-            """A buffer whose axis of positions, `parts` from the last, is seen as more axes."""
+            """A buffer whose axis of positions or frequencies, `parts` from the last, is seen as the axes `split`."""
             shape = found[name].shape
             axis = len(shape) - 1 - parts
-            rest = shape[axis] // first
-            return piece(workspace, found[name], (*shape[:axis], *split, first, rest, *shape[axis + 1 :]))
+            return piece(workspace, found[name], (*shape[:axis], *split, *shape[axis + 1 :]))
 
         call("largest", bias, a.n_q, a.n_k, causal, whole("largest"))
         call("spectrum", bias, whole("largest"), a.n_q, a.n_k, causal, tables, whole("spectrum"))
         phi = whole("phi_q"), whole("phi_k")
-        call("denominators", *phi, whole("spectrum"), tables, by_radix("terms"))
+        call("denominators", *phi, whole("spectrum"), tables, by_radix("terms", *folded))
         call("channels", whole("terms"), value, grad_out, out, tables, whole("channels"))
-        sums = by_radix("correlation"), by_radix("grad_phi_k"), by_radix("grad_phi_q")
-        call("backward", *phi, by_radix("channels", parts=1), whole("spectrum"), tables, *sums)
-        partial = by_radix("partial", 1, parts=1)
-        call("value_sums", *phi, by_radix("channels", parts=1), whole("spectrum"), tables, partial)
+        sums = by_radix("correlation", *folded[1:]), *(by_radix(f"grad_phi_{x}", *folded) for x in "kq")
+        call("backward", *phi, by_radix("channels", *folded, parts=1), whole("spectrum"), tables, *sums)
+        partial = by_radix("partial", *folded, parts=1)
+        call("value_sums", *phi, by_radix("channels", *folded, parts=1), whole("spectrum"), tables, partial)
         call("grad_value", whole("partial"), tables, grad_value)
         call("correlation_sums", whole("correlation"), whole("summed"))
-        call("weight_sums", by_radix("summed"), tables, by_radix("lags"))
+        call("weight_sums", by_radix("summed", *folded[1:]), tables, by_radix("lags", *folded))
         call("grad_bias", whole("lags"), bias, whole("largest"), a.n_q, a.n_k, causal, grad_bias)
     return built.get()
 

@@ -57,7 +57,9 @@ class Tables:
         return tuple(tirx.Select(residue == 0, value[k], turned[k]) for k in (0, 1))
 
     def untwist(self, residue: Expr, position: Expr, value: Complex) -> Complex:
-        """Undo `twist`; not for folds."""
+        """Undo `twist`."""
+        if self.folds > 1:
+            return cx.mul_conj(value, self.turn(residue, position))
         turned = cx.mul_conj(value, self._turn(position))
         return tuple(tirx.Select(residue == 0, value[k], turned[k]) for k in (0, 1))
 

@@ -48,13 +48,14 @@ def channels(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list of te.Tensor
-        terms `[B, H, terms, 2, P]` of the denominators, value `[B, H, n_k, d]`, grad_out and out `[B, H, n_q, d]`,
-        tables (flat), channels `[2, B, H, pairs, 2, P, 2]`: pairs as complex numbers, twisted for both parities.
+        terms `[B, H, terms, residues, P]` of the denominators, value `[B, H, n_k, d]`, grad_out and out
+        `[B, H, n_q, d]`, tables (flat), channels `[2, B, H, pairs, residues, P, 2]`: pairs as complex numbers, twisted
+        for each remainder.
     """
     d, length = config.head_dim, config.length
     batch, heads, tiles = sizes.batch, sizes.heads, length // TILE
-    m = config.num_terms
-    terms = te.placeholder((batch, heads, *map(cx.int64, (m, 2, length))), cx.FLOAT, "terms")
+    m, residues = config.num_terms, config.residues
+    terms = te.placeholder((batch, heads, *map(cx.int64, (m, residues, length))), cx.FLOAT, "terms")
     value = _rows(sizes, sizes.n_key, config, "value")
     grad_out, out = (_rows(sizes, sizes.n_query, config, name) for name in ("grad_out", "out"))
     tables = make_tables(config)
@@ -63,16 +64,18 @@ def channels(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
         # past the end the last position again: the denominator is 0 there
         return tirx.min(tile * TILE + i, sizes.n_query - 1)
 
-    chunk, parity = (te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in ((-(-m // GROUPS), "f"), (2, "p")))
+    chunk, residue = (
+        te.reduce_axis((cx.int64(0), cx.int64(n)), name) for n, name in ((-(-m // GROUPS), "f"), (residues, "r"))
+    )
     part = cx.compute(
         (batch, heads, tiles, GROUPS, TILE),
         lambda b, h, tile, g, i: te.sum(
             tirx.if_then_else(
                 chunk * GROUPS + g < m,
-                terms[b, h, tirx.min(chunk * GROUPS + g, m - 1), parity, tile * TILE + i],
+                terms[b, h, tirx.min(chunk * GROUPS + g, m - 1), residue, tile * TILE + i],
                 cx.real(0.0),
             ),
-            axis=[chunk, parity],
+            axis=[chunk, residue],
         ),
         "part",
     )
@@ -109,22 +112,22 @@ def channels(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     shape = (batch, heads, tiles, TILE, 2 * config.pairs)
     rows = cx.compute(shape, values_row, "values_row"), cx.compute(shape, grads_row, "grads_row")
 
-    def pack(side: Expr, b: Expr, h: Expr, pair: Expr, p: Expr, i: Expr, c: Expr) -> Expr:
+    def pack(side: Expr, b: Expr, h: Expr, pair: Expr, r: Expr, i: Expr, c: Expr) -> Expr:
         x, y = (tuple(each[b, h, i // TILE, i % TILE, 2 * pair + half] for half in (0, 1)) for each in rows)
         chosen = tuple(tirx.Select(side == 0, x[half], y[half]) for half in (0, 1))
-        return cx.part(c, tables.twist(p, i, (chosen[0], chosen[1])))
+        return cx.part(c, tables.twist(r, i, (chosen[0], chosen[1])))
 
-    packed = cx.compute((2, batch, heads, config.pairs, 2, length, 2), pack, "channels")
+    packed = cx.compute((2, batch, heads, config.pairs, residues, length, 2), pack, "channels")
     return [terms, value, grad_out, out, tables.tensor, packed]
 
 
 def grad_value(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
-    """Return the arguments of the gradient of the values' rows: both parities added.
+    """Return the arguments of the gradient of the values' rows: all remainders added.
 
     Returns
     -------
     list of te.Tensor
-        partial `[B, H, (d + 1) / 2, 2, P, 2]` as `te.gpu_backward.value_sums` returns it, tables (flat), out
+        partial `[B, H, (d + 1) / 2, residues, P, 2]` as `te.gpu_backward.value_sums` returns it, tables (flat), out
         `[B, H, n_k, d]`.
     """
     partial, tables, sums = tile_sums(config, sizes, config.value_pairs)
@@ -239,45 +242,46 @@ def correlation_sums(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]
     Returns
     -------
     list of te.Tensor
-        correlation `[B, H, m, 2, 2, P]`, summed `[H, 2, 2, P]`.
+        correlation `[B, H, m, residues, 2, row]`, summed `[H, residues, 2, row]`.
     """
-    shape = (sizes.batch, sizes.heads, *map(cx.int64, (config.num_features, 2, 2, config.length)))
+    of_head = config.residues, 2, config.row
+    shape = (sizes.batch, sizes.heads, *map(cx.int64, (config.num_features, *of_head)))
     correlation = te.placeholder(shape, cx.FLOAT, "correlation")
     b, f = te.reduce_axis((cx.int64(0), sizes.batch), "b"), te.reduce_axis((cx.int64(0), shape[2]), "f")
     summed = cx.compute(
-        (sizes.heads, 2, 2, config.length),
-        lambda h, p, c, k: te.sum(correlation[b, h, f, p, c, k], axis=[b, f]),
+        (sizes.heads, *of_head),
+        lambda h, r, c, k: te.sum(correlation[b, h, f, r, c, k], axis=[b, f]),
         "summed",
     )
     return [correlation, summed]
 
 
 def weight_sums(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
-    """Return the arguments of the inverse transforms of the correlation's spectra, by parity.
+    """Return the arguments of the inverse transforms of the correlation's spectra, by remainder.
 
     Returns
     -------
     list of te.Tensor
-        summed `[H, 2, 2, S, P / S]` as `te.gpu_backward.fft_backward` orders it, tables (flat), lags
-        `[H, 2, S, P / S]`: what both parities add to the gradient of c[t], for t >= 0 and, with the odd one negative,
-        for t - P.
+        summed `[H, residues, 2, S, row / S]` as `te.gpu_backward.fft_backward` orders it, tables (flat), lags
+        `[H, residues, folds, S, row / S]`: what remainders add to the gradient of c[t], for t >= 0 and, with the odd
+        ones negative, for t - P.
     """
     radices = config.radices
     first, last = radices[0], radices[-1]
     rest = config.row // first
-    summed = te.placeholder((sizes.heads, *map(cx.int64, (2, 2, first, rest))), cx.FLOAT, "summed")
+    summed = te.placeholder((sizes.heads, *map(cx.int64, (config.residues, 2, first, rest))), cx.FLOAT, "summed")
     tables = make_tables(config)
 
     def load(where: tuple[Expr, ...], block: Expr, t: int) -> Complex:
         at = block // rest * last + t, block % rest
         return summed[(*where, 0, *at)], summed[(*where, 1, *at)]
 
-    back = gpu_dft.inverse("back", radices, (sizes.heads, 2), tables, load)
+    back = gpu_dft.inverse("back", radices, (sizes.heads, config.residues), tables, load)
 
-    def lag(h: Expr, p: Expr, s: Expr, q: Expr) -> Expr:
-        return tables.untwist(p, s * rest + q, cx.load(back, h, p, 0, s, q))[0]
+    def lag(h: Expr, r: Expr, fold: Expr, s: Expr, q: Expr) -> Expr:
+        return tables.untwist(r, fold * config.row + s * rest + q, cx.load(back, h, r, 0, s, q))[0]
 
-    return [summed, tables.tensor, cx.compute((sizes.heads, 2, first, rest), lag, "lags")]
+    return [summed, tables.tensor, cx.compute((sizes.heads, config.residues, config.folds, first, rest), lag, "lags")]
 
 
 def grad_bias(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -286,18 +290,19 @@ def grad_bias(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     Returns
     -------
     list
-        lags `[H, 2, P]` as `weight_sums` returns them, rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k, causal
-        (0 or 1), grad_bias, as rpe_bias.
+        lags `[H, residues, P]` as `weight_sums` returns them, rpe_bias `[H, n_q + n_k - 1]`, largest `[H]`, n_q, n_k,
+        causal (0 or 1), grad_bias, as rpe_bias.
     """
     length = config.length
-    lags = te.placeholder((sizes.heads, cx.int64(2), cx.int64(length)), cx.FLOAT, "lags")
+    lags = te.placeholder((sizes.heads, cx.int64(config.residues), cx.int64(length)), cx.FLOAT, "lags")
     bias, largest, causal = weight_inputs(sizes)
 
     def gradient(h: Expr, offset: Expr) -> Expr:
         t = offset - (sizes.n_query - 1)
         at = tirx.max(tirx.min(tirx.Select(t < 0, t + length, t), length - 1), 0)
         sign = tirx.Select(t < 0, cx.real(-1.0), cx.real(1.0))
-        found = (lags[h, 0, at] + sign * lags[h, 1, at]) * cx.real(0.5 / length)
+        even, odd = (total(lags[h, r, at] for r in range(first, config.residues, 2)) for first in (0, 1))
+        found = (even + sign * odd) * cx.real(0.5 / length)
         seen = tirx.any(causal == 0, t <= 0)
         return tirx.if_then_else(seen, tirx.exp(bias[h, offset] - largest[h]) * found, cx.real(0.0))
 

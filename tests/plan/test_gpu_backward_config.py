@@ -14,7 +14,8 @@ def test_every_bucket_has_a_config_that_survives_json(n: int, shared_bytes: int)
     config = gpu_backward.choose(n, 32, 65, shared_bytes)
     assert config.length >= n and config.threads * config.radices[0] == config.row
     assert (config.columns == 1) == (n <= (8192 if shared_bytes == 232_448 else 4096))
-    assert (config.num_terms, config.grad_parts) == ((32, 2) if config.columns == 1 else (1, 1))
+    assert config.folds == (2 if (n, shared_bytes) == (8192, 232_448) else 1)
+    assert (config.num_terms, config.grad_parts) == ((32, config.residues) if config.columns == 1 else (1, 1))
     assert GpuBackwardConfig.from_json(config.to_json()) == config
     assert config.name == f"backward-m32-d65-n{config.length}-float32"
 
@@ -26,8 +27,8 @@ def test_errors() -> None:
     for wrong, says in (
         ({"threads": 32}, r"expected 1024 / 16 .* got 32"),
         ({"radices": (8, 8, 16), "threads": 128}, "a first radix that the others divide"),
-        ({"folds": 2, "radices": (8, 8, 8)}, "expected folds 1"),
-        ({"dtype": "bfloat16"}, "and float32, got 1 and bfloat16"),
+        ({"folds": 2}, r"product is 1024 / \(columns \* folds\)"),
+        ({"dtype": "bfloat16"}, "expected float32, got bfloat16"),
     ):
         with pytest.raises(ValueError, match=says):
             replace(config, **wrong)  # type: ignore[arg-type]

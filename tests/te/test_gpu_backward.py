@@ -37,6 +37,8 @@ M, D, B, H = 3, 3, 2, 2
 SHORT = choose(60, M, D)
 STAGES = GpuBackwardConfig(M, 4, 128, (8, 4, 4), 16)
 COLUMNS = GpuBackwardConfig(M, 4, 256, (8, 8), 8, columns=4)
+# two features at once
+FOLDS = GpuBackwardConfig(2, 3, 256, (8, 4, 4), 16, folds=2)
 
 
 class Emulated:
@@ -98,11 +100,11 @@ class Emulated:
             grid, threads = by_columns[name]
             return [(f"{name}_kernel", grid, threads)]
         grids: dict[str, tuple[int, int, int]] = {
-            "spectrum": (2, per_stage, 1),
-            "denominators": (2 * config.num_features, per_stage, batch),
-            "backward": (2 * config.num_features, per_stage, batch),
-            "value_sums": (2 * config.value_pairs, per_stage, batch),
-            "weight_sums": (2, per_stage, 1),
+            "spectrum": (config.residues, per_stage, 1),
+            "denominators": (config.residues * config.num_features, per_stage, batch),
+            "backward": (config.residues * config.num_features, per_stage, batch),
+            "value_sums": (config.residues * config.value_pairs, per_stage, batch),
+            "weight_sums": (config.residues, per_stage, 1),
             "channels": (tiles, THREADS, batch),
             "grad_value": (tiles, THREADS, batch),
             "correlation_sums": (-(-4 * config.length // THREADS), THREADS, 1),
@@ -180,11 +182,11 @@ def _serve(monkeypatch: pytest.MonkeyPatch, config: GpuBackwardConfig) -> Emulat
     return made
 
 
-def _inputs(n_q: int, n_k: int, d: int) -> dict[str, torch.Tensor]:
+def _inputs(n_q: int, n_k: int, d: int, m: int = M) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(n_q)
     query, grad_out = torch.randn(2, B, n_q, H, d, generator=g).transpose(2, 3).unbind()
     key, value = torch.randn(2, B, H, n_k, d + 1, generator=g)[..., 1:].unbind()
-    bias, projection = torch.randn(H, n_q + n_k - 1, generator=g), torch.randn(M, d, generator=g)
+    bias, projection = torch.randn(H, n_q + n_k - 1, generator=g), torch.randn(m, d, generator=g)
     return {
         "grad_out": grad_out,
         "query": query,
@@ -209,6 +211,7 @@ CASES = [
     (60, 37, SHORT, "nprf", True),
     (101, 127, STAGES, "prf", True),
     (250, 200, COLUMNS, "nprf", False),
+    (255, 201, FOLDS, "nprf", False),
 ]
 
 
@@ -219,7 +222,7 @@ def test_numbers(
 ) -> None:
     made = _serve(monkeypatch, config)
     monkeypatch.setattr(gpu_buffers, "pairs_at_once", lambda config: 2)  # of 3
-    inputs = _inputs(n_q, n_k, config.head_dim)
+    inputs = _inputs(n_q, n_k, config.head_dim, config.num_features)
     grad_out, *tensors = inputs.values()
     arrays = [x.double().numpy() for x in inputs.values()]
     out = reference.attention(*arrays[1:], feature_map=feature_map, is_causal=is_causal)[2]

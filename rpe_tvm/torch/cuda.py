@@ -113,6 +113,11 @@ def current_gpu(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
+@functools.cache
+def _has_clusters(device: int) -> bool:
+    return int(gpus()[device].arch.removeprefix("sm_")) >= gpu_direct.CLUSTER_ARCH
+
+
 @functools.lru_cache(maxsize=256)
 def _workspace_bytes(config: GpuConfig, shape: torch.Size, n_key: int) -> int:
     batch, heads, n_query, _ = shape

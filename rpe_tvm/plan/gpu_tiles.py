@@ -5,7 +5,6 @@ Tensor cores multiply 11 bits of a float32 and truncate sums; here products and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -181,34 +180,34 @@ class TileConfig:
 _SHORTEST = ((1, 1, 2, 2),)
 _SHORT = ((1, 1, 2, 4),)
 _LONG = ((2, 1, 2, 4), (2, 1, 2, 2))
-_WIDE = ((1, 1, 2, 4), (1, 1, 2, 2), (1, 1, 1, 2), (1, 1, 1, 1))
+_WIDE = ((1, 1, 2, 4), (1, 1, 2, 2), (1, 1, 4, 1), (1, 1, 2, 1), (1, 1, 1, 1))
 
 
-def choose(n: int, num_features: int, head_dim: int) -> TileConfig:
-    """Return the default config for up to `n` positions.
+def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = AMPERE_SHARED_BYTES) -> TileConfig:
+    """Return the default config for up to `n` positions, on GPUs whose blocks may have `shared_bytes` of shared memory.
+
+    A block never takes more than sm_80 has, so that a library for later GPUs serves that, too.
 
     Raises
     ------
     ValueError
-        If no tile fits into the registers and the shared memory of sm_80.
+        If no tile fits into registers and shared memory.
     """
+    limit = min(shared_bytes, AMPERE_SHARED_BYTES)
     length = gpu_bucket(n)
     first = _SHORTEST if length < 256 else _SHORT if length <= 512 else _LONG
-    for config in _fitting((*first, *_WIDE), num_features, head_dim, length):
-        return config
+    for tile in (*first, *_WIDE):
+        config = _tiles(num_features, head_dim, length, tile)
+        if config is not None and config.shared_bytes <= limit:
+            return config
     raise ValueError(
-        f"No tile of {head_dim} channels and {num_features} features fits into registers and {AMPERE_SHARED_BYTES} "
-        "bytes of shared memory; use the fft algorithm."
+        f"No tile of {head_dim} channels and {num_features} features fits into registers and {limit} bytes of shared "
+        "memory; use the fft algorithm."
     )
 
 
-def _fitting(
-    tiles: tuple[tuple[int, int, int, int], ...], num_features: int, head_dim: int, length: int
-) -> Iterator[TileConfig]:
-    for tile in tiles:
-        try:
-            config = TileConfig(num_features, head_dim, length, *tile)
-        except ValueError:
-            continue
-        if config.shared_bytes <= AMPERE_SHARED_BYTES:
-            yield config
+def _tiles(num_features: int, head_dim: int, length: int, tile: tuple[int, int, int, int]) -> TileConfig | None:
+    try:
+        return TileConfig(num_features, head_dim, length, *tile)
+    except ValueError:
+        return None

@@ -16,10 +16,12 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize("m", [1, 11, 32, 64, 128])
 @pytest.mark.parametrize("d", [1, 37, 64, 128, 256])
 @pytest.mark.parametrize("n", [1, 64, 200, 512, 1024, 2048])
-def test_default_tiles_run_on_ampere_and_divide_their_length(m, d, n):
-    config = choose(n, m, d)
-    assert config.shared_bytes <= AMPERE_SHARED_BYTES and config.registers <= 200
-    assert config.length >= n and config.length % config.tile_q == config.length % config.tile_k == 0
+def test_default_tiles_fit_and_divide_their_length(m, d, n):
+    limits = [99 * 1024] if m + d < 384 else []
+    for limit in (*limits, 163 * 1024, 227 * 1024):
+        config = choose(n, m, d, limit)
+        assert config.shared_bytes <= min(limit, AMPERE_SHARED_BYTES) and config.registers <= 200
+        assert config.length >= n and config.length % config.tile_q == config.length % config.tile_k == 0
 
 
 def test_sizes_of_a_block():
@@ -51,7 +53,7 @@ def test_what_does_not_fit_is_refused(fields, message):
         TileConfig(**{**dict(num_features=32, head_dim=64, length=1024), **fields})
 
 
-@pytest.mark.parametrize(("m", "d"), [(2000, 64), (32, 300)])
-def test_no_tile_holds_very_many_features_or_channels(m, d):
+@pytest.mark.parametrize(("m", "d", "kib"), [(2000, 64, 227), (32, 300, 227), (128, 256, 99)])
+def test_no_tile_holds_very_many_features_or_channels(m, d, kib):
     with pytest.raises(ValueError, match=f"No tile of {d} channels and {m} features .* use the fft algorithm"):
-        choose(1000, m, d)
+        choose(1000, m, d, kib * 1024)

@@ -111,8 +111,8 @@ def test_attention(attention: Any, n_query: int, n_key: int, causal: bool, late:
     np.testing.assert_allclose(out, problem.expected(), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_launch_has_its_shared_memory(config: TileConfig) -> None:
+def test_a_launch_has_its_shared_memory() -> None:
+    config = CONFIGS["odd sizes"]
     target = Target({"kind": "cuda", "arch": "sm_90"}, host={"kind": "llvm"})
     lower, *_ = tvm.tirx.get_default_tir_pipeline(target)
     module = lower(tvm.tirx.transform.BindTarget(target)(tvm.IRModule({"attention": tile_attention(config)})))

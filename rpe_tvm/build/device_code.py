@@ -28,6 +28,11 @@ ALIGNED_ATTRIBUTE = "rpe_tvm.aligned_tables"
 # Attribute of a function whose kernels have instructions of this architecture (90, say) and later: machine code for
 # those before traps, and nothing calls it there.
 ARCH_ATTRIBUTE = "rpe_tvm.arch"
+# Attribute of a function whose kernels may be launched while the kernel before them in the stream still runs: they begin
+# with `te.cuda_warp.wait_for_kernels_before`. For sm_90 and later.
+OVERLAP_ATTRIBUTE = "rpe_tvm.overlaps"
+# What TVM's runtime calls such a launch, and its attribute of a kernel that lists launch parameters.
+_OVERLAP_TAG, _LAUNCH_PARAMETERS = "tirx.use_programtic_dependent_launch", "tirx.kernel_launch_params"
 # Makes TVM keep the CUDA source instead of compiling it at once, which it tries where a driver is present.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
@@ -75,6 +80,7 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
     try:
         callers, launchers = _filter(mod, lambda function: CALLS_ATTRIBUTE in function.attrs)
         host, device = _split(launchers, target)
+        _mark_overlapping(device, mod)
         with _source_is_kept():
             host_module, source = _generate(host, device, target)
             calls = tuple(_generate(*_split(each, target), target)[0] for each in _one_by_one(callers))
@@ -146,6 +152,16 @@ def _filter(mod: tvm.IRModule, belongs: Callable[[Any], bool]) -> tuple[tvm.IRMo
 def _one_by_one(mod: tvm.IRModule) -> Iterator[tvm.IRModule]:
     for name, function in mod.functions_items():
         yield type(mod)({name: function})
+
+
+def _mark_overlapping(device: tvm.IRModule, mod: tvm.IRModule) -> None:
+    """Let kernels of functions with `OVERLAP_ATTRIBUTE` be launched early."""
+    for function in mod.functions.values():
+        if OVERLAP_ATTRIBUTE in function.attrs:
+            for name, kernel in device.functions_items():
+                if str(kernel.attrs["global_symbol"]).startswith(f"{function.attrs['global_symbol']}_kernel"):
+                    tags = [_OVERLAP_TAG, *kernel.attrs[_LAUNCH_PARAMETERS]]
+                    device[name] = kernel.with_attr(_LAUNCH_PARAMETERS, tags)
 
 
 def _bound_registers(source: str, mod: tvm.IRModule) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tvm
 
-from rpe_tvm.build.device_code import ARCH_ATTRIBUTE
+from rpe_tvm.build.device_code import ARCH_ATTRIBUTE, OVERLAP_ATTRIBUTE
 from rpe_tvm.build.lower import Lowered
 from rpe_tvm.build.lower_forward import forward_functions
 from rpe_tvm.plan.gpu_direct import CLUSTER_ARCH, TensorCoreConfig, clustered, fused
@@ -34,5 +34,5 @@ def lower(config: TensorCoreConfig) -> Lowered:
     if of_clusters is not None:
         for feature_map in FEATURE_MAPS:
             function = clustered_attention(of_clusters, feature_map).with_attr(ARCH_ATTRIBUTE, CLUSTER_ARCH)
-            functions[f"clustered_{feature_map}"] = function
+            functions[f"clustered_{feature_map}"] = function.with_attr(OVERLAP_ATTRIBUTE, 1)
     return Lowered(tvm.IRModule(functions), {"source": "default"})

@@ -47,6 +47,7 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         T.launch_thread("threadIdx.x", config.threads) as thread,
         blocks_at_once(config.blocks),
     ):
+        warp.let_next_kernel_begin()
         rank = let("rank", cluster_rank)
         # with a causal mask the last rows have most to do: they start first. Blocks past the last query help only
         first_q = let("first_q", (blocks - 1 - block) * config.tile_q)
@@ -75,6 +76,8 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
             received = T.uint32((size - 1) * warps * ROWS * config.key_row_bytes)
             in_turns(lambda turn: warp.expect(arrivals, 8 * turn, received))
         warp.cluster_arrive()
+        # until here nothing was read that a kernel before may have written
+        warp.wait_for_kernels_before()
         weights = Weights(config, args, thread, h, first_q)
         _load_keys(config, args, keys, thread, b, h, rank)
         load_rows(config, args.query, args.n_query, queries, thread, b, h, first_q, config.tile_q)

@@ -68,6 +68,16 @@ def warp_barrier() -> None:
     T.evaluate(T.cuda.warp_sync())
 
 
+def let_next_kernel_begin() -> None:
+    """Let the next kernel of the stream be launched once all blocks have come here: it waits where it begins."""
+    T.evaluate(T.ptx["griddepcontrol.launch_dependents"]())
+
+
+def wait_for_kernels_before() -> None:
+    """Wait until the kernels before this one in the stream have ended, and what they wrote is there."""
+    T.evaluate(T.ptx["griddepcontrol.wait"]())
+
+
 def load_matrices(target: Buffer, shared: Expr, offset: int, transpose: bool = False) -> None:
     """Load four 8 x 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l // 8."""
     load = T.ptx[f"ldmatrix.sync.aligned.m8n8.x4{'.trans' if transpose else ''}.shared.b16"]

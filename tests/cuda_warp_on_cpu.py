@@ -1,9 +1,10 @@
 """Runs CUDA kernels with warp instructions on a CPU: checks numbers, addresses and barriers without a GPU.
 
 The source that TVM generated is compiled as C++. Every thread of a block, or of all blocks of a cluster, is a fibre of
-one thread of the CPU; a fibre runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles) exchange their operands behind a
-barrier of the warp. Asynchronous copies happen either at once or as late as the waits allow: a kernel that is right
-under both neither reads a tile too early nor overwrites one that is still in use.
+one thread of the CPU; a fibre runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles)
+exchange their operands behind a barrier of the warp. Asynchronous copies, also those to other blocks, happen either at
+once or as late as the waits allow: a kernel that is right under both neither reads a tile too early nor overwrites one
+that is still in use.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ static void deliver(const Sent& sent) {
 static unsigned char* at_block(uint32_t address, uint32_t bytes) {
   uint32_t rank = address / RANK - 1;
   if (rank >= blocks.size()) fail("no address of a block of the cluster");
-  if (begun[rank] == 0 || ended[rank] == blocks[rank].threads) fail("a block of the cluster does not run yet or any more");
+  if (begun[rank] == 0 || ended[rank] == blocks[rank].threads) fail("a block of the cluster does not run");
   return at_rank(rank, address % RANK, bytes);
 }
 static void send(uint32_t target, uint32_t source, uint32_t size, uint32_t arrival) {
@@ -272,7 +273,7 @@ INSTRUCTIONS = (
     (r"mapa\.shared::cluster\.u32 ", "{names[0]} = in_block({names[1]}, {names[2]})"),
     (
         r"st\.shared\.v[24]\.u32 \[%0\+?(-?\d*)\]",
-        "uint32_t words[] = {{{words}}}; memcpy(at_shared({names[0]} + {0}, sizeof(words)), words, sizeof(words))",
+        "uint32_t words[] = {{{others}}}; memcpy(at_shared({names[0]} + {0}, sizeof(words)), words, sizeof(words))",
     ),
     (r"cp\.async\.bulk\.shared::cluster\.shared::cta\.mbarrier::complete_tx::bytes ", "send({parameters})"),
     (r"fence\.", ""),
@@ -343,7 +344,8 @@ class Kernel:
                 match = re.match(pattern, text)
                 if match:
                     numbers = [number or "0" for number in match.groups()]
-                    body = call.format(*numbers, parameters=", ".join(names), names=names, words=", ".join(names[1:])) + ";"
+                    given = dict(names=names, parameters=", ".join(names), others=", ".join(names[1:]))
+                    body = call.format(*numbers, **given) + ";"
                     break
             else:
                 raise NotImplementedError(f"no C++ for the instruction {text}")

@@ -95,6 +95,8 @@ class TensorCoreConfig:
             raise ValueError(f"Invalid stages: expected at least 2, got {self.stages}.")
         if self.fused:
             self._check_fused()
+        elif self.cluster != 1:
+            raise ValueError(f"Invalid cluster: expected 1 where fused is False, got {self.cluster}.")
         if self.tile_k % (ROWS * self.warps_k):
             raise ValueError(
                 f"Invalid tile_k: expected a multiple of {ROWS * self.warps_k} for {self.warps_k} warps along the "

@@ -1,9 +1,10 @@
 """Runs CUDA kernels with warp instructions on a CPU: checks numbers, addresses and barriers without a GPU.
 
 The source that TVM generated is compiled as C++. Every thread of a block, or of all blocks of a cluster, is a fibre of
-one thread of the CPU; a fibre runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles) exchange their operands behind a
-barrier of the warp. Asynchronous copies happen either at once or as late as the waits allow: a kernel that is right
-under both neither reads a tile too early nor overwrites one that is still in use.
+one thread of the CPU; a fibre runs until it meets a barrier. Instructions of a warp (mma.sync, ldmatrix, shuffles)
+exchange their operands behind a barrier of the warp. Asynchronous copies, also those to other blocks, happen either at
+once or as late as the waits allow: a kernel that is right under both neither reads a tile too early nor overwrites one
+that is still in use.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ static std::vector<Fibre> fibres;
 static std::vector<Barrier> warps, blocks;
 static Barrier cluster;
 static std::vector<int> begun, ended;  // threads of every block
+static int progress;  // of all threads: changes where one that waits may go on
 static Fibre* self;
 static Index first_block;
 static bool copies_late;
@@ -71,14 +73,14 @@ static ucontext_t scheduler;
 static void give_way() { Fibre* me = self; swapcontext(&me->context, &scheduler); self = me; }
 static void meet(Barrier& barrier) {
   int generation = barrier.generation;
-  if (++barrier.arrived == barrier.threads) { barrier.arrived = 0; barrier.generation++; return; }
+  if (++barrier.arrived == barrier.threads) { barrier.arrived = 0; barrier.generation++; progress++; return; }
   while (barrier.generation == generation) give_way();
 }
 static void __syncthreads() { meet(blocks[self->rank]); }
 static void __syncwarp() { meet(warps[self->rank * 32 + self->index / 32]); }
 static void cluster_arrive() {
   self->seen = cluster.generation;
-  if (++cluster.arrived == cluster.threads) { cluster.arrived = 0; cluster.generation++; }
+  if (++cluster.arrived == cluster.threads) { cluster.arrived = 0; cluster.generation++; progress++; }
 }
 static void cluster_wait() { while (cluster.generation == self->seen) give_way(); }
 static uint32_t __cvta_generic_to_shared(void* p) { return (uint32_t)((unsigned char*)p - shared_memory); }
@@ -89,26 +91,27 @@ static unsigned char* at_rank(int rank, uint32_t address, uint32_t bytes) {
 static unsigned char* at_shared(uint32_t address, uint32_t bytes) { return at_rank(self->rank, address, bytes); }
 static uint32_t in_block(uint32_t address, uint32_t rank) { return address + (rank + 1) * RANK; }
 // arrivals count bytes; what is sent to another block comes at once or when all else waits for it
-struct Sent { unsigned char *target, *source; uint32_t size; void* arrival; };
+struct Sent { int from, to; unsigned char *target, *source; uint32_t size; void* arrival; };
 struct Arrival { int32_t made, missing; };
 static std::vector<Sent> on_the_way;
 static void deliver(const Sent& sent) {
+  progress++;
+  for (int rank : {sent.from, sent.to}) {
+    if (begun[rank] == 0 || ended[rank] == blocks[rank].threads) fail("a block of a copy does not run");
+  }
   memcpy(sent.target, sent.source, sent.size);
   Arrival arrival;
   memcpy(&arrival, sent.arrival, 8);
   arrival.missing -= sent.size;
   memcpy(sent.arrival, &arrival, 8);
 }
-static unsigned char* at_block(uint32_t address, uint32_t bytes) {
-  uint32_t rank = address / RANK - 1;
-  if (rank >= blocks.size()) fail("no address of a block of the cluster");
-  if (begun[rank] == 0 || ended[rank] == blocks[rank].threads) fail("a block of the cluster does not run yet or any more");
-  return at_rank(rank, address % RANK, bytes);
-}
 static void send(uint32_t target, uint32_t source, uint32_t size, uint32_t arrival) {
+  int rank = target / RANK - 1;
+  if (rank < 0 || rank >= blocks.size() || arrival / RANK - 1 != rank) fail("no addresses of one block of the cluster");
+  target %= RANK, arrival %= RANK;
   if (size % 16) fail("no whole pieces of 16 bytes");
-  at_block(target + size - 16, 16);
-  Sent sent{at_block(target, 16), at_shared(source, 16), size, at_block(arrival, 8)};
+  at_rank(rank, target + size - 16, 16), at_shared(source + size - 16, 16);
+  Sent sent{self->rank, rank, at_rank(rank, target, 16), at_shared(source, 16), size, at_rank(rank, arrival, 8)};
   if (copies_late) on_the_way.push_back(sent);
   else deliver(sent);
 }
@@ -207,6 +210,7 @@ static void run_thread() {
   begun[self->rank]++;
   CALL;
   ended[self->rank]++;
+  progress++;
   self->done = true;
   swapcontext(&self->context, &scheduler);
 }
@@ -235,13 +239,19 @@ extern "C" void launch(const uint64_t* given, const int* grid, int threads, int 
       fibre.context.uc_stack.ss_size = STACK;
       makecontext(&fibre.context, run_thread, 0);
     }
+    // a block runs as far as it can before the next one does
     for (bool any = true; any;) {
       any = false;
-      for (int t = 0; t < all; t++) {
-        self = &fibres[backwards ? all - 1 - t : t];
-        if (self->done) continue;
-        any = true;
-        swapcontext(&scheduler, &self->context);
+      for (int block = 0; block < size; block++) {
+        for (int before = progress - 1; before != progress;) {
+          before = progress;
+          for (int t = block * threads; t < (block + 1) * threads; t++) {
+            self = &fibres[backwards ? all - 1 - t : t];
+            if (self->done) continue;
+            any = true;
+            swapcontext(&scheduler, &self->context);
+          }
+        }
       }
     }
   }
@@ -290,10 +300,11 @@ INSTRUCTIONS = (
     (r"mapa\.shared::cluster\.u32 ", "{names[0]} = in_block({names[1]}, {names[2]})"),
     (
         r"st\.shared\.v[24]\.u32 \[%0\+?(-?\d*)\]",
-        "uint32_t words[] = {{{words}}}; memcpy(at_shared({names[0]} + {0}, sizeof(words)), words, sizeof(words))",
+        "uint32_t words[] = {{{others}}}; memcpy(at_shared({names[0]} + {0}, sizeof(words)), words, sizeof(words))",
     ),
     (r"cp\.async\.bulk\.shared::cluster\.shared::cta\.mbarrier::complete_tx::bytes ", "send({parameters})"),
     (r"fence\.", ""),
+    (r"griddepcontrol\.", ""),
     (r"mbarrier\.init\.shared\.b64 \[%0\+?(-?\d*)\]", "expect({names[0]} + {0}, 0)"),
     (r"mbarrier\.arrive\.expect_tx\.shared\.b64 _, \[%0\+?(-?\d*)\]", "expect({names[0]} + {0}, {names[1]})"),
     (
@@ -361,10 +372,8 @@ class Kernel:
                 match = re.match(pattern, text)
                 if match:
                     numbers = [number or "0" for number in match.groups()]
-                    body = (
-                        call.format(*numbers, parameters=", ".join(names), names=names, words=", ".join(names[1:]))
-                        + ";"
-                    )
+                    given = dict(names=names, parameters=", ".join(names), others=", ".join(names[1:]))
+                    body = call.format(*numbers, **given) + ";"
                     break
             else:
                 raise NotImplementedError(f"no C++ for the instruction {text}")

@@ -28,8 +28,8 @@ ALIGNED_ATTRIBUTE = "rpe_tvm.aligned_tables"
 # Attribute of a function whose kernels have instructions of this architecture (90, say) and later: machine code for
 # those before traps, and nothing calls it there.
 ARCH_ATTRIBUTE = "rpe_tvm.arch"
-# Attribute of a function whose kernels may be launched while the kernel before them in the stream still runs: they begin
-# with `te.cuda_warp.wait_for_kernels_before`. For sm_90 and later.
+# Attribute of a function whose kernels may be launched while the kernel before them in the stream still runs, as they
+# wait for it themselves (`te.cuda_warp.wait_for_kernels_before`). For sm_90 and later.
 OVERLAP_ATTRIBUTE = "rpe_tvm.overlaps"
 # What TVM's runtime calls such a launch, and its attribute of a kernel that lists launch parameters.
 _OVERLAP_TAG, _LAUNCH_PARAMETERS = "tirx.use_programtic_dependent_launch", "tirx.kernel_launch_params"

@@ -95,6 +95,8 @@ class TensorCoreConfig:
             raise ValueError(f"Invalid stages: expected at least 2, got {self.stages}.")
         if self.fused:
             self._check_fused()
+        elif self.cluster != 1:
+            raise ValueError(f"Invalid cluster: expected 1 where fused is False, got {self.cluster}.")
         if self.tile_k % (ROWS * self.warps_k):
             raise ValueError(
                 f"Invalid tile_k: expected a multiple of {ROWS * self.warps_k} for {self.warps_k} warps along the "
@@ -324,7 +326,7 @@ def is_fused(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> 
 def clustered(config: TensorCoreConfig) -> TensorCoreConfig | None:
     """Return the config of the kernel that takes the place of `fused` where the GPU has clusters, if there is one."""
     one = fused(config)
-    return None if one is None else replace(one, cluster=4)
+    return None if one is None else replace(one, stages=2, cluster=2)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -146,7 +146,7 @@ def before_send() -> None:
 
 
 def expect(arrival: Expr, offset: int, size: Expr) -> None:
-    """Make an arrival, 8 bytes of shared memory, that waits for `size` bytes; by one thread, before `cluster_arrive`."""
+    """Let 8 bytes of shared memory, an arrival, expect `size` bytes; by one thread, before `cluster_arrive`."""
     T.evaluate(T.ptx["mbarrier.init.shared.b64"](T.ptx.addr(arrival, offset), T.uint32(1)))
     T.evaluate(T.ptx["mbarrier.arrive.expect_tx.shared.b64"](T.ptx.addr(arrival, offset), size))
     T.evaluate(T.ptx["fence.mbarrier_init.release.cluster"]())

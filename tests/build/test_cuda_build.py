@@ -274,6 +274,34 @@ def test_only_kernels_with_tables_promise_that_these_are_aligned(target: GpuTarg
         device_code.generate(type(module)({"scale": function}), targets.to_tvm(target), "toy")
 
 
+def test_kernels_for_newer_gpus_are_empty_on_older_ones(target: GpuTargetSpec) -> None:
+    import tvm
+    from tvm.script import tirx as T
+
+    from rpe_tvm.te import cuda_warp as warp
+    from rpe_tvm.te.cuda_function import argument, function, named
+
+    with function("meet") as built:
+        x = argument("x", (named("n", T.int64()),), "float32")
+        with (
+            T.launch_thread("blockIdx.x", 2),
+            T.launch_thread("clusterCtaIdx.x", 2) as rank,
+            T.launch_thread("threadIdx.x", 32),
+        ):
+            warp.cluster_arrive()
+            warp.cluster_wait()
+            T.buffer_store(x, T.float32(1), [rank])
+    functions = (built.get(), built.get().with_attr(device_code.ARCH_ATTRIBUTE, 90))
+    always, newer = (
+        device_code.generate(tvm.IRModule({"meet": function}), targets.to_tvm(target), "toy").source
+        for function in functions
+    )
+    with pytest.raises(BuildError, match="sm_90 or higher"):
+        nvcc.compile_fatbin(always, ["sm_80"])
+    _, uses = nvcc.compile_fatbin(newer, ["sm_80", "sm_90"])
+    assert [(use.kernel, use.arch) for use in uses] == [("meet_kernel", "sm_80"), ("meet_kernel", "sm_90")]
+
+
 def test_exporting_packs_tvms_runtime(
     cache_dir: Path, target: GpuTargetSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

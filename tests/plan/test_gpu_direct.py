@@ -2,7 +2,17 @@
 
 import pytest
 
-from rpe_tvm.plan.gpu_direct import TensorCoreConfig, choose, features_shape, fused, is_fused, is_readable, table_shape
+from rpe_tvm.plan.gpu_direct import (
+    TensorCoreConfig,
+    choose,
+    clustered,
+    features_shape,
+    fused,
+    is_clustered,
+    is_fused,
+    is_readable,
+    table_shape,
+)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -26,6 +36,20 @@ def test_few_short_sequences_are_one_launch(dtype):
     assert is_fused(config, 1, 8, 1000)
     assert not is_fused(config, 2, 8, 1000)
     assert is_fused(config, 2, 8, 300)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("m", "d"), [(32, 64), (16, 64), (24, 48), (3, 16)])
+def test_blocks_of_a_head_share_features(m, d, dtype):
+    for n in (1, 100, 300, 1000):
+        assert clustered(choose(n, m, d, dtype)).shared_bytes <= 163 * 1024  # sm_80
+    config = choose(1024, m, d, dtype)
+    assert clustered(clustered(config)) is None
+    assert clustered(choose(1025, m, d, dtype)) is None
+    assert is_clustered(config, 1, 8, 1000)
+    assert not is_clustered(config, 1, 8, 1025)
+    assert is_clustered(config, 4, 8, 200)
+    assert not is_clustered(config, 4, 8, 300)  # 5 blocks of queries, 8 in clusters
 
 
 def test_rows_lie_in_different_banks():
@@ -58,6 +82,18 @@ def test_shapes_are_whole_tiles():
         (dict(fused=True, head_dim=40), "head_dim: expected a multiple of 16 for fused, got 40"),
         (dict(fused=True, stages=2), "stages: expected at least 3 for fused, got 2"),
         (dict(fused=True, tile_k=32), "tile_k: expected a multiple of 64 for 4 warps that make features, got 32"),
+        (dict(cluster=2), "cluster: expected 1 where fused is False, got 2"),
+        (dict(fused=True, cluster=3), "cluster: expected 1, 2, 4 or 8 blocks, got 3"),
+        (dict(fused=True, cluster=4, num_features=33), "num_features: expected at most 32 for clusters, got 33"),
+        (dict(fused=True, cluster=4, warps_k=2, tile_k=96, stages=5), "tile_k: expected a divisor of 512, .* got 96"),
+        (
+            dict(fused=True, cluster=4, stages=4),
+            "stages: expected 5 or more of 64 keys, where .* keys lies first, got 4",
+        ),
+        (
+            dict(fused=True, cluster=8, length=64, warps_k=4, head_dim=16, row_blocks=4, stages=5),
+            "stages: expected 20 or more of 64 keys, where the sums of 4 warps lie last, got 5",
+        ),
         (dict(blocks=-1), "blocks: expected 0 or more, got -1"),
     ],
 )

@@ -22,10 +22,10 @@ UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 CASES = {
     "default": ("nprf", TensorCoreConfig(32, 64, 256, "bfloat16", 2, 2, 2, 64, 3, fused=True)),
     "padded features": ("prf", TensorCoreConfig(24, 48, 256, "float16", 1, 2, 1, 64, 4, matrix_sums=True, fused=True)),
-    "cluster": ("nprf", TensorCoreConfig(32, 64, 256, "bfloat16", 1, 2, 2, 64, 3, fused=True, cluster=4)),
-    "cluster, padded features": (
+    "cluster": ("nprf", TensorCoreConfig(32, 64, 250, "bfloat16", 1, 1, 2, 64, 3, fused=True, cluster=4)),
+    "cluster of two, padded features": (
         "prf",
-        TensorCoreConfig(24, 48, 250, "float16", 1, 2, 2, 64, 3, matrix_sums=True, fused=True, cluster=2),
+        TensorCoreConfig(10, 16, 250, "float16", 1, 2, 1, 32, 5, matrix_sums=True, fused=True, cluster=2),
     ),
 }
 SENTINEL = 0x1234

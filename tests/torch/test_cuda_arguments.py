@@ -88,7 +88,7 @@ if op == "backward" and config.dtype == "float32":
         instance, torch.randn(out.shape).mT.contiguous().mT, phi_q, phi_k, value, bias, out, is_causal=False
     )
 if "forward_prf" in loaded.functions:
-    once = "fused" if "fused_prf" in loaded.functions else "forward"
+    once = "clustered" if "clustered_prf" in loaded.functions else "forward"
     assert called == [once + "_prf", once + "_nprf"]
     print(of_each_map, "launches")
 elif "backward_prf" in loaded.functions:
@@ -105,13 +105,18 @@ try:
 except ValueError:
     print("checked")
 if "fused_prf" in loaded.functions:
+    called.clear()
+    cuda._has_clusters = lambda device: False
+    cuda.attention(instance, *arguments, feature_map="prf", is_causal=True)
+    assert called == ["fused_prf"]
     longer = torch.empty(2, 3, config.length + 1, d, dtype=dtype)
     bias = torch.empty(3, n_q + config.length)
-    try:
-        instance.functions["fused_prf"](query, longer, longer, bias, torch.empty(m, d), 0, out)
-        print("accepted too many keys")
-    except RuntimeError as error:
-        assert "expected at most" in str(error)
+    for name in ("fused_prf", "clustered_prf"):
+        try:
+            instance.functions[name](query, longer, longer, bias, torch.empty(m, d), 0, out)
+            print("accepted too many keys")
+        except RuntimeError as error:
+            assert "expected at most" in str(error)
     called.clear()
     many = torch.empty(50, 3, n_q, d, dtype=dtype)
     bias = torch.empty(3, 2 * n_q - 1)
@@ -188,12 +193,21 @@ def test_arguments_of_toeplitz_products_fit(
         (GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8), None),
         (TileConfig(3, 5, 64, 1, 1, 2, 2), 4),
         (TensorCoreConfig(6, 8, 64, "bfloat16"), 3),
-        (TensorCoreConfig(6, 16, 64, "bfloat16"), 1),
+        (TensorCoreConfig(6, 16, 64, "bfloat16"), 1),  # of one launch, by clusters and without
         (GpuBackwardConfig(3, 5, 64, (8, 8), 8), 14),
         (GpuBackwardConfig(2, 3, 512, (8, 8), 8, columns=8), None),
         (TensorCoreBackwardConfig(6, 8, 64, "bfloat16", 1, 1, 2, 64), 5),
     ],
-    ids=["short", "long", "tiles", "tensor cores", "fused", "gradients", "long gradients", "gradients on tensor cores"],
+    ids=[
+        "short",
+        "long",
+        "tiles",
+        "tensor cores",
+        "one launch",
+        "gradients",
+        "long gradients",
+        "gradients on tensor cores",
+    ],
 )
 def test_arguments_fit(
     config: GpuConfig | AnyBackwardConfig,

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 from tvm import rpc
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def free_port() -> int:
     with socket.socket() as sock:
@@ -38,6 +40,7 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, "--host", "127.0.0.1", *ports, *arguments],
             env={**os.environ, "TVM_USE_RUNTIME_LIB": "1", "PYTHONPATH": path},
+            cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -18,6 +18,7 @@ from rpe_tvm.tune.options import address
 
 FUNCTION = "rpe_tvm.tune.gpu_job"
 CANDIDATES = "candidates.tar"  # among the uploads of a session
+_TOP = str(Path(__file__).resolve().parents[2])  # where this package is: a session runs in a directory of its own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +56,8 @@ def _answer(question: str) -> str:
     """Run `tune.gpu_job` in the session's directory, where its uploads are."""
     Path("question.json").write_text(question, encoding="utf-8")
     command = [sys.executable, "-m", "rpe_tvm.tune.gpu_job", "question.json", CANDIDATES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH"), _TOP) if part)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         return json.dumps({"failure": f"the process of the race ended with status {done.returncode}; it said: {said}"})

@@ -46,7 +46,7 @@ def top(tmp_path_factory):
 def tracker(top):
     """A tracker with one server, and what its GPU does in the file `scenario.json`."""
     (top / "sitecustomize.py").write_text(SITE.format(scenario=str(top / "scenario.json")))
-    path = f"{top}:{TESTS}:{TESTS.parent}"
+    path = f"{top}:{TESTS}"
     started = rpc_servers.Server(path, "tvm.exec.rpc_tracker")
     address = f"127.0.0.1:{started.port}"
     server = rpc_servers.Server(path, "rpe_tvm.tune.gpu_server", "--tracker", address, "--key", "mi300")

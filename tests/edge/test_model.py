@@ -22,7 +22,7 @@ import export_shapes  # noqa: E402
 import train_shapes  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bundles import compile_program, emulated, needs_qemu, run, sign, unpack  # noqa: E402
+from bundles import compile_program, emulated, needs_qemu, page_commands, run, sign, unpack  # noqa: E402
 
 pytestmark = pytest.mark.compile
 
@@ -64,6 +64,15 @@ def damaged(model: Path, tmp_path: Path) -> Path:
 def test_the_check_of_the_host(model: Path) -> None:
     out = run(model / "run_model", model).stdout
     assert out.startswith("x86_64-haswell\n") and ", ok\n" in out
+
+
+@pytest.mark.skipif(
+    shutil.which("cmake") is None, reason="no cmake: as root, bash scripts/debian_packages.sh installs it"
+)
+def test_the_commands_for_a_board(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model.parents[1] / "model.tar.gz", tmp_path)
+    out = run("bash", "-euc", f"cd {tmp_path}\n{page_commands('./build/run_model .')}").stdout
+    assert "x86_64-haswell\n" in out and ", ok\n" in out
 
 
 def test_equals_pytorch(model: Path, checkpoint: Path, tmp_path: Path) -> None:

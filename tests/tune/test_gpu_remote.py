@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from rpe_tvm.tune import gpu_job, gpu_measure, sessions  # noqa: E402
+from rpe_tvm.errors import TuningError  # noqa: E402
+from rpe_tvm.tune import gpu_job, gpu_measure, gpu_server, sessions  # noqa: E402
 from rpe_tvm.tune.gpu_candidates import Size, candidates, label  # noqa: E402
 from rpe_tvm.tune.gpu_cli import AMD, main  # noqa: E402
 from rpe_tvm.tune.gpu_measure import GpuLostError  # noqa: E402
@@ -70,7 +71,7 @@ def race(top, tracker, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS.parent))
 
     def run(*options: str, **scenario) -> int:
-        said = {"cost": {}, "wrong": [], "crash": [], **scenario}
+        said = {"cost": {}, "wrong": [], **scenario}
         (top / "scenario.json").write_text(json.dumps(said))
         command = ["--race-only", "--target", "gfx942", "--lengths", "256", "--features", "1", "--head-dim", "2"]
         command += ["--tracker", tracker, "--key", "mi300", "--work-dir", str(work.directory)]
@@ -80,10 +81,7 @@ def race(top, tracker, tmp_path, monkeypatch):
     return run
 
 
-def test_a_crash_there_is_an_error_and_then_the_fastest_right_candidate_is_chosen(race, capsys):
-    assert race(crash=[NAMES[0]]) == 1
-    assert "the process of the race ended with status 9" in capsys.readouterr().err
-
+def test_the_fastest_right_candidate_of_the_other_machine_is_chosen(race):
     wrong, best = NAMES[1:]
     assert race(cost={wrong: 1e-4, best: 0.5e-3}, wrong=[wrong]) == 0
     (entry,) = json.loads((race.log / "wisdom.json").read_text())["entries"]
@@ -91,6 +89,16 @@ def test_a_crash_there_is_an_error_and_then_the_fastest_right_candidate_is_chose
     assert any("wrong result" in each["reason"] for each in entry["refused"] if each["name"] == wrong)
     manifest = json.loads((race.log / "manifest.json").read_text())
     assert (manifest["device"], manifest["driver"]) == ("Fake MI300X", "6.4")
+
+
+def test_a_process_that_ends_there_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = gpu_server._answer('{"size": {}}')  # no archive of candidates
+    assert "the process of the race ended with status 1; it said: FileNotFoundError" in answer
+    monkeypatch.setattr(sessions, "answer", lambda *_: json.loads(answer))
+    remote = RemoteGpu(sessions.Connection("tracker", 1, "mi300", 1.0), 60.0)
+    with pytest.raises(TuningError, match=r"Boards 'mi300' at tracker tracker:1: .* status 1.*rpe_tvm.tune.gpu_server there"):
+        remote.gpu("rocm")
 
 
 def test_what_breaks_the_gpu_there_is_named_here(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_a_process_that_ends_there_says_why(tmp_path, monkeypatch):
     assert "the process of the race ended with status 1; it said: FileNotFoundError" in answer
     monkeypatch.setattr(sessions, "answer", lambda *_: json.loads(answer))
     remote = RemoteGpu(sessions.Connection("tracker", 1, "mi300", 1.0), 60.0)
-    with pytest.raises(TuningError, match=r"Boards 'mi300' at tracker tracker:1: .* status 1.*rpe_tvm.tune.gpu_server there"):
+    with pytest.raises(TuningError, match=r"Boards 'mi300' at tracker tracker:1: .* status 1.*gpu_server there"):
         remote.gpu("rocm")
 
 

@@ -1,4 +1,4 @@
-"""Tune attention for the AMD GPU of this machine: `python scripts/tune_rocm.py --target gfx942`."""
+"""Tune attention for an AMD GPU, of this machine or over RPC: `python scripts/tune_rocm.py --target gfx942`."""
 
 import sys
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 from tvm import rpc
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def free_port() -> int:
     with socket.socket() as sock:
@@ -29,15 +31,16 @@ def hide_torch(directory: Path) -> str:
 class Server:
     """A tracker or a server with the worker process that it starts, in a process group of their own.
 
-    `without_torch` is a directory that hides torch, which tvm_ffi imports where it is installed and boards have not.
+    `path` is its PYTHONPATH. That of boards hides torch, which they do not have: tvm_ffi imports it where it is there.
     """
 
-    def __init__(self, without_torch: str, module: str, *arguments: str) -> None:
+    def __init__(self, path: str, module: str, *arguments: str) -> None:
         self.port = free_port()
         ports = ["--port", str(self.port), "--port-end", str(self.port + 1)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"tvm.exec.{module}", "--host", "127.0.0.1", *ports, *arguments],
-            env={**os.environ, "TVM_USE_RUNTIME_LIB": "1", "PYTHONPATH": without_torch},
+            [sys.executable, "-m", module, "--host", "127.0.0.1", *ports, *arguments],
+            env={**os.environ, "TVM_USE_RUNTIME_LIB": "1", "PYTHONPATH": path},
+            cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -63,13 +66,13 @@ class Boards:
 
     def __init__(self, without_torch: str) -> None:
         self._without_torch = without_torch
-        self.tracker = Server(without_torch, "rpc_tracker")
+        self.tracker = Server(without_torch, "tvm.exec.rpc_tracker")
         self._boards: list[Server] = []
 
     def start(self) -> Server:
         """Start a board and return it; it is there seconds later."""
         board = Server(
-            self._without_torch, "rpc_server", "--tracker", f"127.0.0.1:{self.tracker.port}", "--key", self.key
+            self._without_torch, "tvm.exec.rpc_server", "--tracker", f"127.0.0.1:{self.tracker.port}", "--key", self.key
         )
         self._boards.append(board)
         return board

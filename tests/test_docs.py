@@ -1,7 +1,12 @@
-"""Every Python example of README.md and docs/ runs: a file's blocks one after the other, in one namespace."""
+"""Every Python example of README.md and docs/ runs, a file's blocks in one namespace, and every command exists."""
 
+import argparse
 import doctest
+import functools
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +69,39 @@ def test_a_failing_example_is_found(tmp_path):
     with pytest.raises(ZeroDivisionError) as error:
         run_block("\n1 / 0\n", page, first, namespace)
     assert error.traceback[-1].lineno + 1 == first + 1
+
+
+# A command of a page: an indented line, with those that continue it.
+COMMAND = re.compile(r"^    (python (?:-m rpe_tvm\b|scripts/)[^\\\n]*(?:\\\n[^\\\n]*)*)", re.MULTILINE)
+COMMANDS = {
+    " ".join(found.replace("\\\n", " ").partition("#")[0].split())
+    for page in PAGES
+    for found in COMMAND.findall(page.read_text(encoding="utf-8"))
+}
+
+
+class UnderstoodError(Exception):
+    """Raised in the place of what a command does."""
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_commands_are_understood(command, monkeypatch):
+    """Every command of a page has a script or module, and options that it takes."""
+    pytest.importorskip("torch")
+    understand = argparse.ArgumentParser.parse_args
+
+    def parse(parser, given=None, namespace=None):
+        understand(parser, given, namespace)
+        raise UnderstoodError
+
+    program, *options = shlex.split(command)[1:]
+    if program == "-m":
+        program, *options = options
+        run = functools.partial(runpy.run_module, program, run_name="__main__")
+    else:
+        run = functools.partial(runpy.run_path, str(ROOT / program), run_name="__main__")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [program, *options])
+    with pytest.raises(UnderstoodError):
+        run()

@@ -116,7 +116,7 @@ def compile_module(
     threads
         As of `compile_operator`.
     """
-    from rpe_tvm.build import registers  # imports tvm
+    from rpe_tvm.build import stack_arrays  # imports tvm
 
     tvm_target = to_tvm(target)
     functions = _function_names(mod)
@@ -125,7 +125,7 @@ def compile_module(
         {
             "tir": mod.script(show_meta=True),
             "target": str(tvm_target),
-            "pipeline": registers.pipeline_of(tvm_target),
+            "pipeline": stack_arrays.pipeline_of(tvm_target),
             "versions": manifest.versions(),
             "link": _builder(target).fingerprint(target)
             if isinstance(target, GpuTargetSpec)
@@ -249,10 +249,10 @@ def _function_names(mod: tvm.IRModule) -> list[str]:
 
 
 def _compile(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> Any:
-    from rpe_tvm.build import registers  # imports tvm
+    from rpe_tvm.build import stack_arrays  # imports tvm
 
     try:
-        compiled = registers.compile_for(mod, target)
+        compiled = stack_arrays.compile_for(mod, target)
     except Exception as error:  # TVM raises whatever class its C++ code named
         raise BuildError(f"TVM could not compile {name} for {target}: {error}") from error
     if compiled.imports:

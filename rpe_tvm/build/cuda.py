@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +74,17 @@ def build(
 
 
 def pack_runtime(artefacts: Path) -> None:
-    """Copy the libraries of TVM that run GPU libraries from the installed package to a directory of artefacts."""
+    """Copy the libraries of TVM that run GPU libraries, and TVM's licence, from the installed package to a directory of
+    artefacts."""
     from rpe_tvm.runtime import tvm_runtime  # imports tvm_ffi, and that torch
 
     package = tvm_runtime.installed()
     if package is None:
         raise BuildError("The package apache-tvm has no directory: install it with pip, from a wheel.")
     copy_files(package, tvm_runtime.LIBRARIES, artefacts / tvm_runtime.PACKED)
+    for file in metadata.files("apache-tvm") or ():
+        if file.name in ("LICENSE", "NOTICE"):
+            copy_files(Path(str(file.locate())).parent, (file.name,), artefacts / tvm_runtime.PACKED)
 
 
 def fitting(target: GpuTargetSpec, shared_bytes: dict[str, int]) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from rpe_tvm.edge import archive, contents
-from rpe_tvm.edge.package import licence, needed_glibc, package_versions, template
+from rpe_tvm.edge import archive, arena, contents, licence
+from rpe_tvm.edge.package import needed_glibc, package_versions, template
 from rpe_tvm.errors import BuildError
 from rpe_tvm.plan import twiddles, wisdom
 from rpe_tvm.plan.config import AttentionConfig
@@ -42,54 +42,77 @@ class _Program:
     Attributes
     ----------
     tensors
-        The lines of ``model.txt`` about them.
-    calls
-        The lines about calls.
+        dtype and shape of each.
     weights
         The content of the file of weights.
-    inputs
-        The numbers of the tensors that are set before a run.
-    arena
-        Bytes of the memory of inputs and intermediate results.
+    starts
+        Tensor -> where it starts there, for those that are weights.
+    calls
+        Function and arguments; numbers are tensors, strings are integers.
+    inputs, outputs
+        The numbers of the tensors that are set before a run, and read after it.
     configs
         The attention operators that are called, by the prefixes of their functions' names.
     tables
         The constant tables of each.
     """
 
-    tensors: list[str] = field(default_factory=list)
-    calls: list[str] = field(default_factory=list)
+    tensors: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     weights: bytearray = field(default_factory=bytearray)
+    starts: dict[int, int] = field(default_factory=dict)
+    calls: list[tuple[str, tuple[int | str, ...]]] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
-    arena: int = 0
+    outputs: list[int] = field(default_factory=list)
     configs: dict[str, AttentionConfig] = field(default_factory=dict)
     tables: dict[str, int] = field(default_factory=dict)
 
     def weight(self, array: npt.NDArray[Any]) -> int:
         """Add a constant and return its number."""
-        start = len(self.weights)
+        number = self.scratch(str(array.dtype), array.shape)
+        self.starts[number] = len(self.weights)
         self.weights += np.ascontiguousarray(array).tobytes()
         self.weights += bytes(-len(self.weights) % _ALIGNMENT)
-        return self._add(str(array.dtype), array.shape, "weight", start)
+        return number
 
     def scratch(self, dtype: str, shape: Sequence[int]) -> int:
         """Add an input or an intermediate result and return its number."""
-        start = self.arena
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        self.arena += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return self._add(dtype, shape, "scratch", start)
-
-    def call(self, function: str, *arguments: int | str) -> None:
-        """Add a call; numbers are tensors, strings are integers."""
-        words = [f"t{each}" if isinstance(each, int) else f"i{each}" for each in arguments]
-        self.calls.append(f"call {function} {' '.join(words)}")
-
-    def _add(self, dtype: str, shape: Sequence[int], place: str, start: int) -> int:
         if dtype not in ("float32", "int32", "int64", "bool"):
             raise BuildError(f"The model has a tensor of {dtype}: expected float32, int32, int64 or bool. Convert it.")
-        sizes = " ".join(map(str, shape))
-        self.tensors.append(f"tensor {len(self.tensors)} {place} {start} {dtype} {len(shape)} {sizes}".rstrip())
+        self.tensors.append((dtype, tuple(shape)))
         return len(self.tensors) - 1
+
+    def call(self, function: str, *arguments: int | str) -> None:
+        """Add a call."""
+        self.calls.append((function, arguments))
+
+    def lines(self) -> list[str]:
+        """The lines of ``model.txt`` about tensors and calls."""
+        scratch = [number for number in range(len(self.tensors)) if number not in self.starts]
+        buffers = self._buffers(scratch)
+        places = dict(zip(scratch, arena.place(buffers), strict=True))
+        size = max((start + each.size for start, each in zip(places.values(), buffers, strict=True)), default=0)
+        lines = [f"arena {size}"]
+        for number, (dtype, shape) in enumerate(self.tensors):
+            place = f"weight {self.starts[number]}" if number in self.starts else f"scratch {places[number]}"
+            lines.append(f"tensor {number} {place} {dtype} {len(shape)} {' '.join(map(str, shape))}".rstrip())
+        lines += [f"input {number}" for number in self.inputs]
+        for function, arguments in self.calls:
+            words = [f"t{each}" if isinstance(each, int) else f"i{each}" for each in arguments]
+            lines.append(f"call {function} {' '.join(words)}")
+        return lines + [f"output {number}" for number in self.outputs]
+
+    def _buffers(self, scratch: Sequence[int]) -> list[arena.Buffer]:
+        """Size of each buffer, and when it is needed: inputs and outputs always, so that a model can run again."""
+        kept = {*self.inputs, *self.outputs}
+        found = []
+        for number in scratch:
+            dtype, shape = self.tensors[number]
+            size = -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+            uses = [at for at, (_, arguments) in enumerate(self.calls) if number in arguments]
+            if number in kept or not uses:
+                uses = [0, len(self.calls)]
+            found.append(arena.Buffer(size, uses[0], uses[-1]))
+        return found
 
 
 def export_model(
@@ -121,7 +144,7 @@ def export_model(
 
     mod = relax_import.import_model(program)
     found = _Program()
-    outputs = _walk(mod, target, found)
+    _walk(mod, target, found)
     functions = {str(name.name_hint): f for name, f in mod.functions.items() if name.name_hint != "main"}
     functions = {name: f.with_attr("global_symbol", name) for name, f in functions.items()}
     for prefix, config in found.configs.items():
@@ -141,14 +164,10 @@ def export_model(
         f"variant {target.id} {target.machine} {needed_glibc([library])} {threads} {features}",
         f"library {len(library)} {hashlib.sha256(library).hexdigest()} {LIBRARY}",
         f"weights {len(found.weights)} {hashlib.sha256(found.weights).hexdigest()} {WEIGHTS}",
-        f"arena {found.arena}",
-        *found.tensors,
-        *(f"input {number}" for number in found.inputs),
-        *found.calls,
-        *(f"output {number}" for number in outputs),
+        *found.lines(),
     ]
     files[FILE] = contents.sign("".join(f"{line}\n" for line in lines)).encode()
-    files["LICENSE"] = licence().encode()
+    files[licence.FILE] = licence.text().encode()
     files[contents.SUMS] = contents.sums(files).encode()
     return archive.pack(Path(out), "rpe_tvm-model", files)
 
@@ -157,8 +176,8 @@ def export_model(
 _SHARED = ("manifest", "library", "cpu", "error", "sha256", "kernel_abi")
 
 
-def _walk(mod: tvm.IRModule, target: TargetSpec, program: _Program) -> list[int]:
-    """Fill `program` with what the model's function does; returns the numbers of its outputs."""
+def _walk(mod: tvm.IRModule, target: TargetSpec, program: _Program) -> None:
+    """Fill `program` with what the model's function does."""
     from tvm import ir, relax
 
     main = mod["main"]
@@ -176,12 +195,11 @@ def _walk(mod: tvm.IRModule, target: TargetSpec, program: _Program) -> list[int]
             return numbers[key]
         return numbers[value]
 
-    outputs: list[int] = []
     for block in main.body.blocks:
         for binding in block.bindings:
             value = binding.value
             if isinstance(value, relax.Tuple):
-                outputs = [number_of(each) for each in value.fields]
+                program.outputs = [number_of(each) for each in value.fields]
                 numbers[binding.var] = -1
             elif isinstance(value, relax.Var | ir.Constant):
                 numbers[binding.var] = number_of(value)
@@ -195,7 +213,7 @@ def _walk(mod: tvm.IRModule, target: TargetSpec, program: _Program) -> list[int]
                     _attention(str(callee.global_symbol), shapes, given, made, target, program)
             else:
                 raise BuildError(f"The model has a step that has no fixed sizes or is no tensor function: {value}")
-    return outputs or [number_of(main.body.body)]
+    program.outputs = program.outputs or [number_of(main.body.body)]
 
 
 def _example(program: Any) -> bytes:

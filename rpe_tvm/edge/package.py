@@ -9,14 +9,12 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from rpe_tvm import __version__
-from rpe_tvm.edge import archive, contents
+from rpe_tvm.edge import archive, contents, licence
 from rpe_tvm.edge.contents import Contents, File, Library, Variant
 from rpe_tvm.errors import BuildError
 from rpe_tvm.plan import twiddles
@@ -85,7 +83,7 @@ def package(
     )
     described = Contents("attention", num_features, head_dim, package_versions(), variants)
     files[contents.FILE] = contents.write(described).encode()
-    files["LICENSE"] = licence().encode()
+    files[licence.FILE] = licence.text().encode()
     files[contents.SUMS] = contents.sums(files).encode()
     host_bytes = {target.id: _host_bytes(target) for target in ordered}
     path = archive.pack(Path(out), f"rpe_tvm-attention-m{num_features}-d{head_dim}", files)
@@ -149,17 +147,6 @@ def package_versions() -> dict[str, str]:
     from rpe_tvm.build import manifest
 
     return dict(sorted(manifest.versions().items()))
-
-
-def licence() -> str:
-    """What the package says about its licence."""
-    try:
-        known = metadata.metadata("rpe_tvm").json
-        stated = known.get("license_expression") or known.get("license")
-    except metadata.PackageNotFoundError:
-        stated = None
-    terms = f"licence: {stated}" if stated else "licence: none is stated by the package rpe_tvm; ask its authors"
-    return f"rpe_tvm {__version__}\n{terms}\n"
 
 
 def _host_bytes(target: TargetSpec) -> int:

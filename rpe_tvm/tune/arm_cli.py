@@ -10,8 +10,10 @@ from rpe_tvm import targets
 from rpe_tvm.errors import TuningError
 from rpe_tvm.targets import TargetSpec
 from rpe_tvm.tune import cli
-from rpe_tvm.tune.boards import Boards, Connection
+from rpe_tvm.tune.boards import Boards
+from rpe_tvm.tune.options import address
 from rpe_tvm.tune.session import Run
+from rpe_tvm.tune.sessions import Connection
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         "Measure on boards, over TVM's RPC, which algorithm and factorisation is fastest at which length, tune its "
         "schedule with MetaSchedule, and add the result to the tuning logs. docs/tuning.md says how to start a board."
     )
-    options.add_argument("--tracker", type=_address, required=True, metavar="HOST:PORT", help="TVM's RPC tracker")
+    options.add_argument("--tracker", type=address, required=True, metavar="HOST:PORT", help="TVM's RPC tracker")
     options.add_argument("--key", required=True, help="key of the boards' servers, which must be of one kind")
     options.add_argument("--target", required=True, help="what to compile for, as cortex-a72")
     options.add_argument("--timeout", type=float, default=120.0, help="seconds for one candidate (default 120)")
@@ -49,10 +51,3 @@ def _run_of(options: argparse.Namespace) -> Run:
     connection = Connection(host, port, options.key, options.wait)
     boards = Boards.connect(connection, target, run.work_dir / "helper" / target.id, is_emulated=options.emulated)
     return dataclasses.replace(run, timeout=options.timeout, place=boards)
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
-    return host, int(port)

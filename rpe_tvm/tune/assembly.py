@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import tvm
 
-from rpe_tvm.build.registers import compile_for
+from rpe_tvm.build.stack_arrays import compile_for
 from rpe_tvm.targets import TargetSpec, to_tvm
 
 _LABEL = re.compile(r"([.\w$]+):")

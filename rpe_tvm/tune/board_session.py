@@ -1,25 +1,22 @@
 """Times candidates on a board, in one session of TVM's RPC: `python -m rpe_tvm.tune.board_session JOB.json`.
 
-A process of its own, because a call to a board that is gone blocks in TVM and only ends with the process. It prints
-`connected` when it has a board, and then the answer as one line of JSON; an end without an answer is the session's.
+It prints `connected` when it has a board, and then the answer as one line of JSON; an end without an answer is the
+session's.
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rpe_tvm.tune import sessions
 from rpe_tvm.tune.case import Case
 from rpe_tvm.tune.measure import ROUNDS
 
-# how much longer than the board, which ends a session that takes too long, this side waits for it
-GRACE_SECONDS = 10
 # calls that are timed one by one in a round, at most
 MAX_REPEATS = 100_000
 
@@ -28,16 +25,7 @@ Timer = Callable[[int], "tuple[float, ...]"]
 
 
 def _main(job: dict[str, Any]) -> dict[str, Any]:
-    # tvm_ffi imports torch where it is installed, which takes seconds
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    from tvm import rpc
-
-    # SIGALRM ends the process, also where it waits in TVM
-    signal.alarm(job["wait"])
-    tracker = rpc.connect_tracker(*job["tracker"])
-    remote = tracker.request(job["key"], session_timeout=job["timeout"], max_retry=1)
-    signal.alarm(job["timeout"] + GRACE_SECONDS)
-    print("connected", flush=True)
+    tracker, remote = sessions.open_session(job)
     servers = [each["key"] for each in tracker.summary()["server_info"]].count(f"server:{job['key']}")
     remote.upload(job["helper"], "board.so")
     prepare = remote.load_module("board.so")["prepare"]
@@ -99,4 +87,4 @@ def _check(remote: Any, name: str, arrays: list[Any], case: Case) -> tuple[Timer
 
 
 if __name__ == "__main__":
-    print(json.dumps(_main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
+    print(json.dumps(_main(sessions.read_job())))

@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from rpe_tvm.build import link
 from rpe_tvm.errors import TuningError
 from rpe_tvm.plan.wisdom import EMULATED
 from rpe_tvm.targets import TargetSpec
-from rpe_tvm.tune import board_facts
+from rpe_tvm.tune import board_facts, sessions
 from rpe_tvm.tune.board_facts import Board
 from rpe_tvm.tune.measure import Contestant, Timing
+from rpe_tvm.tune.sessions import Connection
 
 SOURCE = Path(__file__).with_name("board.cc")
-# sessions that may end while a candidate runs in them before it counts as failed: it may be the cause
-SESSIONS = 2
-# what a server says that ends a session because it takes too long
-TIMED_OUT = "RPCSessionTimeoutError"
-# between two requests to a tracker that answers with an error
-PAUSE_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Connection:
-    """How to reach the boards.
-
-    Parameters
-    ----------
-    host, port : str, int
-        Of the tracker.
-    key : str
-        Under which the boards' servers are registered; they must be of one kind.
-    wait : float
-        Seconds to wait for a board: until one is started, comes back, or has finished other work.
-    """
-
-    host: str
-    port: int
-    key: str
-    wait: float
 
 
 class Boards:
@@ -96,7 +60,7 @@ class Boards:
         answer = boards._answer([], 1, 0.0, 60.0)
         if isinstance(answer, str):
             raise TuningError(
-                f"{boards._name}: the first session failed: {answer}. Expected a board that runs code for "
+                f"{connection.name}: the first session failed: {answer}. Expected a board that runs code for "
                 f"{target.machine}, with libgomp and libstdc++ (Debian: apt install libgomp1 libstdc++6)."
             )
         boards.device = boards._device(answer["board"])
@@ -117,22 +81,18 @@ class Boards:
         device = self._device(answer["board"])
         if device != self.device:
             raise TuningError(
-                f"{self._name}: expected boards of one kind, {self.device['device']}, found {device['device']}, whose "
-                "times do not compare. Start its server with another --key."
+                f"{self._connection.name}: expected boards of one kind, {self.device['device']}, found "
+                f"{device['device']}, whose times do not compare. Start its server with another --key."
             )
         return [Timing(tuple(t["seconds"]), t["error"], t["failure"]) for t in answer["timings"]]
-
-    @property
-    def _name(self) -> str:
-        return f"Boards {self._connection.key!r} at tracker {self._connection.host}:{self._connection.port}"
 
     def _device(self, text: str) -> dict[str, Any]:
         board: Board = board_facts.parse(text, self._target.machine)
         missing = sorted(set(self._target.features) - board.flags)
         if missing:
             raise TuningError(
-                f"{self._name}: {board.name} lacks {' '.join(missing)}, which {self._target.id} needs. Give its own "
-                "--target."
+                f"{self._connection.name}: {board.name} lacks {' '.join(missing)}, which {self._target.id} needs. Give "
+                "its own --target."
             )
         if not board.is_emulated and not self._is_emulated:
             return {"device": board.name}
@@ -141,64 +101,11 @@ class Boards:
     def _answer(
         self, contestants: Sequence[Contestant], threads: int, seconds: float, timeout: float
     ) -> dict[str, Any] | str:
-        """Return the answer of the first session that gives one, or why there is none."""
-        for attempt in range(1, SESSIONS + 1):
-            answer = self._session(contestants, threads, seconds, timeout)
-            if not isinstance(answer, str):
-                return answer
-            if TIMED_OUT in answer:
-                return f"no answer within {timeout:.0f} s"
-            if attempt < SESSIONS:
-                tqdm.write(f"{self._name}: a session ended ({answer}); trying again on the next free board")
-        return f"{SESSIONS} sessions ended while it ran: {answer}"
-
-    def _session(
-        self, contestants: Sequence[Contestant], threads: int, seconds: float, timeout: float
-    ) -> dict[str, Any] | str:
-        """Return the answer of `board_session`, or why the session ended without one."""
-        where = self._connection
+        """Return the answer of `board_session`, or why there is none."""
         job = {
-            "tracker": [where.host, where.port],
-            "key": where.key,
             "helper": str(self._helper),
             "contestants": [[str(each.library), str(each.inputs)] for each in contestants],
             "threads": threads,
             "seconds": seconds,
-            "timeout": math.ceil(timeout),
         }
-        deadline = time.monotonic() + where.wait
-        while True:
-            job["wait"] = max(1, math.ceil(deadline - time.monotonic()))
-            status, connected, rest, reason = _run(job)
-            if status == -signal.SIGINT:
-                raise KeyboardInterrupt
-            if connected:
-                answer: dict[str, Any] = json.loads(rest) if status == 0 else {}
-                return answer or reason
-            if time.monotonic() > deadline:
-                raise TuningError(
-                    f"{self._name}: none was free within {where.wait:.0f} s ({reason}). Start a server on a board "
-                    f"(docs/tuning.md), look at python -m tvm.exec.query_rpc_tracker --host {where.host} --port "
-                    f"{where.port}, and go on with --resume."
-                )
-            time.sleep(PAUSE_SECONDS)
-
-
-def _run(job: Mapping[str, Any]) -> tuple[int, bool, str, str]:
-    """Return the status of `board_session`, whether it had a board, the rest of its output, and why it failed."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
-        done = subprocess.run(
-            [sys.executable, "-m", "rpe_tvm.tune.board_session", file.name],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "TVM_USE_RUNTIME_LIB": "1"},  # the compiler would take seconds to load
-            check=False,
-        )
-    connected, _, rest = done.stdout.partition("\n")
-    if done.returncode == -signal.SIGALRM:
-        reason = "no answer in time"
-    else:
-        reason = (done.stderr.strip().splitlines() or [f"its client ended with status {done.returncode}"])[-1]
-    return done.returncode, connected == "connected", rest, reason
+        return sessions.answer(self._connection, "rpe_tvm.tune.board_session", job, timeout)

@@ -14,8 +14,8 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from rpe_tvm.build import link
-from rpe_tvm.build.registers import compile_for
 from rpe_tvm.build.shared_arrays import share_arrays
+from rpe_tvm.build.stack_arrays import compile_for
 
 BUILD_TIMEOUT = 180.0
 

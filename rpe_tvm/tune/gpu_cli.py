@@ -15,9 +15,12 @@ from rpe_tvm.errors import BuildError, RpeTvmError
 from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan import gpu_choice, wisdom
 from rpe_tvm.tune.gpu_candidates import Size
+from rpe_tvm.tune.gpu_place import GpuPlace, ThisGpu
+from rpe_tvm.tune.gpu_remote import RemoteGpu
 from rpe_tvm.tune.gpu_session import Run, build, race
 from rpe_tvm.tune.gpu_work import Work
-from rpe_tvm.tune.options import numbers
+from rpe_tvm.tune.options import address, numbers
+from rpe_tvm.tune.sessions import Connection
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ AMD = Vendor("rocm", {"float32": (512, 1024, 2048, 4096, 8192, 16384, 32768)}, (
 def parser(vendor: Vendor = NVIDIA) -> argparse.ArgumentParser:
     """Return the parser of the script's options."""
     options = argparse.ArgumentParser(
-        description="Measure which config of attention is fastest at which length and dtype on this machine's GPU, and "
+        description="Measure which config of attention is fastest at which length and dtype on a GPU, and "
         "add the result to the tuning logs that the package uses. Building and racing can be done on two machines."
     )
     options.add_argument("--lengths", type=numbers, help="sequence lengths of all --dtypes (default: some for each)")
@@ -92,6 +95,16 @@ def parser(vendor: Vendor = NVIDIA) -> argparse.ArgumentParser:
     options.add_argument(
         "--logs", type=Path, default=wisdom.LOGS, help="tuning logs to add to (default: the package's)"
     )
+    if vendor is AMD:
+        options.add_argument("--tracker", type=address, metavar="HOST:PORT", help="race behind TVM's RPC tracker")
+        options.add_argument("--key", help="key of the GPU's server there")
+        options.add_argument("--wait", type=float, default=300.0, help="seconds to wait for that server (default 300)")
+        options.add_argument(
+            "--timeout",
+            type=float,
+            default=600.0,
+            help="seconds that a race may take besides (default 600)",
+        )
     part = options.add_mutually_exclusive_group()
     part.add_argument("--build-only", action="store_true", help="compile the candidates; needs no GPU")
     part.add_argument("--race-only", action="store_true", help="race what was built; needs neither TVM nor a compiler")
@@ -126,6 +139,16 @@ def sizes(options: argparse.Namespace, vendor: Vendor = NVIDIA) -> tuple[Size, .
     return tuple(dict.fromkeys(found))
 
 
+def _place(line: argparse.ArgumentParser, options: argparse.Namespace) -> GpuPlace:
+    """Where to race."""
+    if (options.tracker is None) != (options.key is None):
+        line.error("arguments --tracker and --key: expected both or none of them")
+    if options.tracker is None:
+        return ThisGpu()
+    host, port = options.tracker
+    return RemoteGpu(Connection(host, port, options.key, options.wait), options.timeout)
+
+
 def main(argv: Sequence[str] | None = None, vendor: Vendor = NVIDIA) -> int:
     """Build, race, or both; returns 1 with one message where nothing valid came out, 130 where interrupted."""
     line = parser(vendor)
@@ -142,6 +165,7 @@ def main(argv: Sequence[str] | None = None, vendor: Vendor = NVIDIA) -> int:
             workers=options.workers,
             work=Work(options.work_dir.resolve()),
             logs=options.logs.resolve(),
+            place=_place(line, options) if vendor is AMD else ThisGpu(),
         )
         print(f"Tuning for {run.target.id}: {len(run.sizes)} sizes", flush=True)
         if not options.race_only:

@@ -1,20 +1,20 @@
-"""A tuning run for GPUs: candidates are compiled, here or elsewhere, then raced size by size on this machine's GPU."""
+"""A tuning run for GPUs: candidates are compiled, here or elsewhere, then raced size by size on a GPU."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rpe_tvm import bench_cuda_machine
 from rpe_tvm.errors import TuningError
 from rpe_tvm.files import write_json
 from rpe_tvm.gpu_targets import GpuTargetSpec
 from rpe_tvm.plan.gpu_wisdom import GpuConfig, config_from_json
-from rpe_tvm.tune import gpu_amd, gpu_measure, store
+from rpe_tvm.tune import store
 from rpe_tvm.tune.gpu_candidates import Size, candidates, label
 from rpe_tvm.tune.gpu_measure import HEADS, GpuLostError, Timing
+from rpe_tvm.tune.gpu_place import GpuPlace, ThisGpu
 from rpe_tvm.tune.gpu_work import Work, read_origin
 
 
@@ -25,7 +25,7 @@ class Run:
     Parameters
     ----------
     target : GpuTargetSpec
-        The GPU to compile for; a race takes this machine's, which has to be one of the same architecture.
+        The GPU to compile for; a race takes one of the same architecture.
     sizes : tuple of Size
         Each is one race.
     seconds : float
@@ -36,6 +36,8 @@ class Run:
         The work directory.
     logs : Path
         Directory of tuning logs that finished sizes are added to.
+    place : GpuPlace
+        Where to race.
     """
 
     target: GpuTargetSpec
@@ -44,6 +46,7 @@ class Run:
     workers: int
     work: Work
     logs: Path
+    place: GpuPlace = field(default_factory=ThisGpu)
 
 
 def build(run: Run) -> None:
@@ -120,17 +123,15 @@ def race(run: Run, *, resume: bool) -> None:
 
 
 def _where(run: Run) -> dict[str, Any]:
-    """The manifest's account of this machine."""
-    is_amd = run.target.kind == "rocm"
-    obstacle = gpu_amd.obstacle() if is_amd else bench_cuda_machine.obstacle(with_plot=False)
-    if obstacle is not None:
-        raise TuningError(f"Cannot race here: {obstacle}.")
-    machine = bench_cuda_machine.environment()
-    arch = gpu_amd.architecture() if is_amd else "sm_" + machine["compute_capability"].replace(".", "")
-    if arch != run.target.arch:
+    """The manifest's account of the machine that races."""
+    found = run.place.gpu(run.target.kind)
+    if found.obstacle:
+        raise TuningError(f"Cannot race: {found.obstacle}.")
+    machine = found.machine
+    if found.arch != run.target.arch:
         raise TuningError(
-            f"Invalid GPU for {run.target.id}: expected {run.target.arch}, got {machine['name']}, {arch}. Build and "
-            f"race with --target {arch}."
+            f"Invalid GPU for {run.target.id}: expected {run.target.arch}, got {machine['name']}, {found.arch}. Build "
+            f"and race with --target {found.arch}."
         )
     return {
         "device": machine["name"],
@@ -149,7 +150,7 @@ def _race(run: Run, size: Size, seconds: float) -> dict[str, Any]:
     by_name = {label(config): config for config in configs}
     refused = {name: run.work.failure(config, target_id) for name, config in by_name.items()}
     artefacts = {name: run.work.artefact(config, target_id) for name, config in by_name.items() if not refused[name]}
-    timings = gpu_measure.measure(size, artefacts, seconds)
+    timings = run.place.measure(size, artefacts, seconds)
     refused.update({name: timing.failure for name, timing in timings.items()})
     refused = {name: reason for name, reason in refused.items() if reason}
     ranking = sorted((name for name in timings if not timings[name].failure), key=lambda name: timings[name].median)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rpe_tvm.plan.config import AttentionConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import emulated as emulation  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 NUM_FEATURES, HEAD_DIM = 3, 6
 TARGETS = ("haswell", "cortex-a72")
 ARM = emulation.EMULATIONS["aarch64"]
@@ -78,6 +80,13 @@ def compile_examples(bundle: Path, out: Path, prefix: str = "") -> None:
         program = out / (example.name if example.stem == "attention" else example.stem)
         command = [f"{prefix}{language}", *FLAGS, standard, "-I", str(bundle / "include"), str(example), *objects]
         subprocess.run([*command, "-o", str(program), "-rdynamic", "-ldl", "-lm"], check=True)
+
+
+def page_commands(holding: str) -> str:
+    """The commands of docs/deployment.md that this text is among, as they stand there."""
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE)
+    (found,) = (block for block in blocks if holding in block)
+    return textwrap.dedent(found)
 
 
 def run(*command: str | Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:

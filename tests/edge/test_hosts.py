@@ -21,8 +21,8 @@ from bundles import (
     emulated,
     expected_of,
     needs_qemu,
+    page_commands,
     run,
-    unpack,
     write_case,
 )  # noqa: E402
 
@@ -108,15 +108,30 @@ def test_the_self_check_finds_wrong_numbers(unpacked: Path, tmp_path: Path) -> N
     assert done.returncode == 1 and "WRONG" in done.stdout
 
 
+def _commands(holding: str, lengths: str, packed, directory: Path) -> str:
+    """Commands of docs/deployment.md for this bundle, which is smaller, in a directory that has it."""
+    shutil.copy(packed.path, directory / "bundle.tar.gz")
+    commands = page_commands(holding)
+    assert "m32-d64" in commands and lengths in commands
+    return commands.replace("m32-d64", f"m{NUM_FEATURES}-d{HEAD_DIM}").replace(lengths, "1 16 63")
+
+
 @pytest.mark.skipif(
     shutil.which("cmake") is None, reason="no cmake: as root, bash scripts/debian_packages.sh installs it"
 )
-def test_cmake_builds_it(packed, tmp_path: Path) -> None:
-    bundle = unpack(packed.path, tmp_path)
-    run("cmake", "-S", bundle, "-B", bundle / "build")
-    run("cmake", "--build", bundle / "build")
-    assert ", ok;" in run(bundle / "build" / "self_check", bundle, 20).stdout
+def test_the_commands_for_a_board(packed, tmp_path: Path) -> None:
+    commands = _commands("./build/self_check", "1 100 4096", packed, tmp_path)
+    out = run("bash", "-euc", f"cd {tmp_path}\n{commands}").stdout
+    assert "variant x86_64-haswell" in out and out.count(", ok;") == 3
+    (bundle,) = tmp_path.glob("rpe_tvm-*")
     assert run(bundle / "build" / "attention_cpp", check=False).returncode == 2
+
+
+@needs_qemu
+def test_the_commands_for_a_laptop(packed, tmp_path: Path) -> None:
+    commands = _commands("qemu-aarch64-static", "1 100", packed, tmp_path)
+    out = run("bash", "-euc", f"cd {tmp_path}\n{commands}").stdout
+    assert "variant aarch64-cortex-a72" in out and out.count(", ok;") == 3
 
 
 def test_sizes(packed) -> None:

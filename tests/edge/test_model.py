@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import export_shapes  # noqa: E402
 import train_shapes  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bundles import compile_program, emulated, needs_qemu, run, sign, unpack  # noqa: E402
+from bundles import compile_program, emulated, needs_qemu, page_commands, run, sign, unpack  # noqa: E402
 
 pytestmark = pytest.mark.compile
 
@@ -65,6 +66,15 @@ def test_the_check_of_the_host(model: Path) -> None:
     assert out.startswith("x86_64-haswell\n") and ", ok\n" in out
 
 
+@pytest.mark.skipif(
+    shutil.which("cmake") is None, reason="no cmake: as root, bash scripts/debian_packages.sh installs it"
+)
+def test_the_commands_for_a_board(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model.parents[1] / "model.tar.gz", tmp_path)
+    out = run("bash", "-euc", f"cd {tmp_path}\n{page_commands('./build/run_model .')}").stdout
+    assert "x86_64-haswell\n" in out and ", ok\n" in out
+
+
 def test_equals_pytorch(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     torch_model, sizes = export_shapes.load(checkpoint)
     pixels, _ = train_shapes.images(1, sizes, torch.Generator().manual_seed(1))
@@ -74,6 +84,38 @@ def test_equals_pytorch(model: Path, checkpoint: Path, tmp_path: Path) -> None:
         expected = torch_model(pixels).numpy()
     got = np.fromfile(tmp_path / "out", np.float32).reshape(expected.shape)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_intermediate_results_share_memory_and_none_is_overwritten_before_it_is_read(model: Path) -> None:
+    lines = [line.split() for line in (model / "model.txt").read_text().splitlines()]
+    spans: dict[str, range] = {}  # bytes / 4 of the memory that tensors share
+    for _, number, place, start, dtype, _, *shape in (line for line in lines if line[0] == "tensor"):
+        if place == "scratch":
+            size = math.prod(map(int, shape)) * (2 if dtype == "int64" else 1)
+            spans[f"t{number}"] = range(int(start) // 4, int(start) // 4 + size)
+    ((_, arena),) = (line for line in lines if line[0] == "arena")
+    owner = [""] * (int(arena) // 4)
+
+    def write(tensor: str) -> None:
+        for at in spans[tensor]:
+            owner[at] = tensor
+
+    def read(tensor: str) -> None:
+        assert {owner[at] for at in spans[tensor]} == {tensor}
+
+    kept = [f"t{number}" for kind, number, *_ in lines if kind == "input"]
+    for tensor in kept:
+        write(tensor)
+    for _ in range(2):  # inputs are still there for another run
+        for _, _, *given, made in (line for line in lines if line[0] == "call"):
+            for tensor in given:
+                if tensor in spans:
+                    read(tensor)
+            write(made)
+            assert all(owner[at] == tensor for tensor in given if tensor in spans for at in spans[tensor])
+        for tensor in (*kept, *(f"t{number}" for kind, number, *_ in lines if kind == "output")):
+            read(tensor)
+    assert int(arena) < 4 * sum(map(len, spans.values())) / 3
 
 
 @needs_qemu

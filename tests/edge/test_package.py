@@ -48,6 +48,10 @@ def test_what_is_in_it(packed, unpacked: Path) -> None:
     wanted = {"README.md", "LICENSE", "CMakeLists.txt", "bundle.txt", "include/rpe_tvm.h", "include/rpe_tvm.hpp"}
     assert wanted | {"examples/attention.c", "examples/attention.cpp"} <= found
     assert set(packed.contents.versions) == {"apache-tvm", "apache-tvm-ffi", "rpe_tvm"}
+    licence = (unpacked / "LICENSE").read_text()
+    assert all(said in licence for said in ("rpe_tvm 0.1.0", "Apache License 2.0", "GCC Runtime Library Exception"))
+    (library, *_) = unpacked.rglob("x86_64-haswell/lib.so")  # what it has of compiler-rt is named with its terms
+    assert b"__truncsfhf2" in library.read_bytes() and "Permission is hereby granted" in licence
     (fft, _) = configs(8)
     tables = np.fromfile(unpacked / f"kernels/{fft.name}/x86_64-haswell/tables.bin", "<f4")
     np.testing.assert_array_equal(tables, twiddles.tables(fft))

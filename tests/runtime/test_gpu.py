@@ -40,6 +40,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("RPE_TVM_CACHE", str(tmp_path_factory.mktemp("cache")))
         built = build.compile_module(toy_gpu.operator(), config.name, config.to_json(), target)
         build.cuda.pack_runtime(top)
+    assert "Apache License" in (top / tvm_runtime.PACKED / "LICENSE").read_text()
     build.copy_artefact(built, top / config.name / target.id)
     return top
 

@@ -6,6 +6,7 @@ for each GPU thread, in the order of arguments that the code object describes.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +60,14 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GpuAttentionC
         return build.compile_operator(config, targets.preset("gfx942")), config
 
 
+@pytest.fixture(scope="module")
+def kernels(short: tuple[Path, GpuAttentionConfig], tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Its kernels, for the CPU."""
+    artefact, config = short
+    image = (artefact / "kernels.hsaco").read_bytes()
+    return Kernels(cuda_source(config, "gfx942"), image, tmp_path_factory.mktemp("kernels"))
+
+
 def inputs(n_q: int, n_k: int, m: int, d: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     return {
@@ -81,9 +90,9 @@ def check(instance: GpuInstance, given: dict[str, torch.Tensor], feature_map: st
     assert error < (2e-4 if is_causal else 2e-6), error
 
 
-def test_numbers(fake: FakeHip, short: tuple[Path, GpuAttentionConfig], tmp_path: Path) -> None:
+def test_numbers(fake: FakeHip, short: tuple[Path, GpuAttentionConfig], kernels: Kernels) -> None:
     artefact, config = short
-    kernels = Kernels(cuda_source(config, "gfx942"), (artefact / "kernels.hsaco").read_bytes(), tmp_path)
+    kernels.launches.clear()
     fake.on_launch(kernels)
     instance = load_hip(artefact, "gfx942", lambda: STREAM, fake.path)
     check(instance, inputs(99, 70, 3, 5), "nprf", False)
@@ -125,6 +134,47 @@ def test_numbers_of_folds_and_columns(
     fake.on_launch(Kernels(cuda_source(config, arch), (artefact / "kernels.hsaco").read_bytes(), tmp_path))
     instance = load_hip(artefact, arch, lambda: STREAM, fake.path)
     check(instance, inputs(n_q, n_k, config.num_features, config.head_dim), "nprf", is_causal)
+
+
+def test_the_example(
+    fake: FakeHip,
+    short: tuple[Path, GpuAttentionConfig],
+    kernels: Kernels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    artefact, config = short
+    path = Path(__file__).resolve().parents[2] / "deploy" / "hip" / "attention.py"
+    spec = importlib.util.spec_from_file_location("hip_example", path)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(sys, "argv", ["attention.py", str(tmp_path)])
+    assert example.main() == 1 and "finds no AMD GPU" in capsys.readouterr().err
+
+    def on_gpu(query, key, value, bias, *, feature_map):
+        out = torch.empty_like(query)
+        cuda.attention(
+            instance, query, key, value, bias, feature_map.projection, out, feature_map="nprf", is_causal=False
+        )
+        return out
+
+    build.copy_artefact(artefact, tmp_path / config.name / "rocm-gfx942")
+    fake.on_launch(kernels)
+    instance = load_hip(artefact, "gfx942", lambda: STREAM, fake.path)
+    for name, value in (("POSITIONS", 90), ("HEADS", 2), ("FEATURES", 3), ("HEAD_DIM", 5)):
+        monkeypatch.setattr(example, name, value)
+    monkeypatch.setattr(example, "kernelized_attention", on_gpu)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake MI300X")
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    try:
+        assert example.main() == 0
+    finally:
+        dispatch.use_artefacts(None)
+    assert "Fake MI300X: relative error" in (said := capsys.readouterr().out) and "(right)" in said
 
 
 def test_wrong_arguments_never_reach_the_gpu(fake: FakeHip, short: tuple[Path, GpuAttentionConfig]) -> None:

@@ -19,10 +19,11 @@ from rpe_tvm.errors import TuningError
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.tune import arm_cli, inputs, search, session, verify
-from rpe_tvm.tune.boards import Boards, Connection
+from rpe_tvm.tune.boards import Boards
 from rpe_tvm.tune.builder import build_schedules
 from rpe_tvm.tune.measure import Contestant, Timing
 from rpe_tvm.tune.runner import CheckingRunner, Settings
+from rpe_tvm.tune.sessions import Connection
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import rpc_servers

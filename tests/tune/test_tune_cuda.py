@@ -1,23 +1,26 @@
 """Tuning for GPUs without one: candidates, races of fake operators on a fake clock, refusals, resumption, the table."""
 
-import itertools
 import json
 import os
+import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from rpe_tvm import bench_cuda_clock, bench_cuda_machine, gpu_targets, peers  # noqa: E402
+from rpe_tvm import bench_cuda_machine, gpu_targets  # noqa: E402
 from rpe_tvm.errors import BuildError, TuningError  # noqa: E402
 from rpe_tvm.plan import gpu, gpu_choice, gpu_direct, gpu_wisdom, wisdom  # noqa: E402
-from rpe_tvm.torch import cuda  # noqa: E402
 from rpe_tvm.tune import gpu_builder, gpu_measure, gpu_session  # noqa: E402
 from rpe_tvm.tune.gpu_candidates import Size, candidates, label  # noqa: E402
 from rpe_tvm.tune.gpu_cli import main, parser, sizes  # noqa: E402
 from rpe_tvm.tune.gpu_work import NOT_BUILT, Work  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import raced_on_cpu  # noqa: E402
 
 TARGET = gpu_targets.preset("sm_90")
 SMALL = Size("float32", 64, 4, 8)
@@ -64,41 +67,8 @@ def gpu_machine(monkeypatch, tmp_path):
     gpu_wisdom.records.cache_clear()
     gpu_wisdom.nearest.cache_clear()
 
-    class Event:
-        def record(self):
-            self.at = state.now
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, later):
-            return 1e3 * (later.at - self.at)
-
-    def load(path):
-        state.raced.append(path.parent.name)
-        fields = json.loads((path / "manifest.json").read_text())["config"]
-        return types.SimpleNamespace(config=gpu_wisdom.config_from_json(fields), name=path.parent.name)
-
-    def attention(instance, query, key, value, rpe_bias, projection, out, *, feature_map, is_causal):
-        assert feature_map == "nprf"
-        state.now += state.cost.get(instance.name, 1e-3)
-        q, k, v = (x.float() for x in (query, key, value))
-        result = peers.torch_fft_attention(q, k, v, rpe_bias, projection, is_causal=is_causal)
-        out.copy_(state.spoil.get(instance.name, lambda result: result)(result))
-
-    def capture(call, count):
-        return types.SimpleNamespace(replay=lambda: [call() for _ in range(count)]), None
-
-    monkeypatch.setattr(gpu_measure, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_measure, "HEADS", 2)
-    monkeypatch.setattr(gpu_measure, "MOST_CALLS", 2)
-    monkeypatch.setattr(bench_cuda_clock, "TURN_CALLS", 2)
-    # checks have taken all of the time: three turns each, not so many as fit into a budget of real seconds
-    monkeypatch.setattr(gpu_measure, "time", types.SimpleNamespace(monotonic=itertools.count(step=1000).__next__))
-    monkeypatch.setattr(gpu_measure, "load_gpu", load)
-    monkeypatch.setattr(cuda, "attention", attention)
-    monkeypatch.setattr(bench_cuda_clock, "new_event", Event)
-    monkeypatch.setattr(bench_cuda_clock, "capture", capture)
+    raced_on_cpu.install(monkeypatch, state)
+    monkeypatch.setattr(gpu_measure, "load_gpu", lambda path: raced_on_cpu.load(state, path))
     monkeypatch.setattr(bench_cuda_machine, "obstacle", lambda with_plot: None)
     machine = {"name": "Fake H100", "compute_capability": "9.0", "driver_version": "580.0", "torch": "2.0"}
     monkeypatch.setattr(bench_cuda_machine, "environment", lambda: machine)
@@ -240,7 +210,7 @@ def test_another_gpu_or_none_is_an_error(run, gpu_machine, monkeypatch):
     with pytest.raises(TuningError, match="expected sm_90, got Fake H100, sm_80.*--target sm_80"):
         gpu_session.race(run, resume=False)
     monkeypatch.setattr(bench_cuda_machine, "obstacle", lambda with_plot: "there is no GPU")
-    with pytest.raises(TuningError, match="Cannot race here: there is no GPU"):
+    with pytest.raises(TuningError, match="Cannot race: there is no GPU"):
         gpu_session.race(run, resume=False)
 
 

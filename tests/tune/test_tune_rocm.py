@@ -41,7 +41,7 @@ def test_options(capsys):
 
 def test_no_race_without_an_amd_gpu(tmp_path, capsys):
     assert main(["--race-only", "--work-dir", str(tmp_path)], AMD) == 1
-    assert "Cannot race here: it takes an AMD GPU that PyTorch can use" in capsys.readouterr().err
+    assert "Cannot race: it takes an AMD GPU that PyTorch can use" in capsys.readouterr().err
 
 
 def test_another_gpu_is_refused(tmp_path, monkeypatch):

@@ -52,7 +52,8 @@ def build(
     """
     nvcc.find(), link.find_compiler()  # before the compilation, which takes longer than to notice that one is missing
     code = device_code.generate(mod, tvm_target, name)
-    architectures = fitting(target, code.shared_bytes)
+    needed = {kernel: size for kernel, size in code.shared_bytes.items() if kernel not in code.optional}
+    architectures = fitting(target, needed)
     binary, uses = nvcc.compile_fatbin(code.source, architectures)
     check_uses(uses, code.shared_bytes, architectures)
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +68,7 @@ def build(
     return {
         "architectures": list(architectures),
         "ptx": architectures[-1],
-        "shared_bytes": max(code.shared_bytes.values()),
+        "shared_bytes": max(needed.values()),
         "nvcc": nvcc.version(),
         "kernels": _report(uses, code.shared_bytes),
     }

@@ -28,6 +28,9 @@ ALIGNED_ATTRIBUTE = "rpe_tvm.aligned_tables"
 # Attribute of a function whose kernels have instructions of this architecture (90, say) and later: machine code for
 # those before traps, and nothing calls it there.
 ARCH_ATTRIBUTE = "rpe_tvm.arch"
+# Attribute of a function whose kernels may need more than some of a library's architectures have: it is called only
+# where they fit, and others do the same elsewhere.
+OPTIONAL_ATTRIBUTE = "rpe_tvm.optional"
 # Attribute of a function whose kernels may be launched while the kernel before them in the stream still runs, as they
 # wait for it themselves (`te.cuda_warp.wait_for_kernels_before`). For sm_90 and later.
 OVERLAP_ATTRIBUTE = "rpe_tvm.overlaps"
@@ -52,12 +55,15 @@ class DeviceCode:
         The kernels in CUDA C++.
     shared_bytes
         Kernel -> shared memory of a block, that of the launch included.
+    optional
+        The kernels among them that the library can do without.
     """
 
     host: Any
     calls: tuple[Any, ...]
     source: str
     shared_bytes: dict[str, int]
+    optional: frozenset[str]
 
 
 def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceCode:
@@ -98,7 +104,14 @@ def generate(mod: tvm.IRModule, target: tvm.target.Target, name: str) -> DeviceC
                 f"The function {symbol} of {name} has no kernel: its schedule binds no loop to blocks and threads, so "
                 "it would read device memory on the host."
             )
-    return DeviceCode(host_module, calls, source, shared_bytes)
+    optional = frozenset(
+        kernel
+        for function in launchers.functions.values()
+        if OPTIONAL_ATTRIBUTE in function.attrs
+        for kernel in shared_bytes
+        if kernel.startswith(f"{function.attrs['global_symbol']}_kernel")
+    )
+    return DeviceCode(host_module, calls, source, shared_bytes, optional)
 
 
 def blob(code: DeviceCode, binary: bytes) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tvm
 
-from rpe_tvm.build.device_code import ARCH_ATTRIBUTE, OVERLAP_ATTRIBUTE
+from rpe_tvm.build.device_code import ARCH_ATTRIBUTE, OPTIONAL_ATTRIBUTE, OVERLAP_ATTRIBUTE
 from rpe_tvm.build.lower import Lowered
 from rpe_tvm.build.lower_forward import forward_functions
 from rpe_tvm.plan.gpu_direct import CLUSTER_ARCH, TensorCoreConfig, clustered, fused
@@ -27,12 +27,13 @@ def lower(config: TensorCoreConfig) -> Lowered:
     functions["weights"] = direct_weights()
     functions["attention"] = direct_attention(config)
     functions |= forward_functions(config)
-    one_kernel = fused(config)
-    if one_kernel is not None:
-        functions |= {f"fused_{feature_map}": fused_attention(one_kernel, feature_map) for feature_map in FEATURE_MAPS}
-    of_clusters = clustered(config)
-    if of_clusters is not None:
-        for feature_map in FEATURE_MAPS:
-            function = clustered_attention(of_clusters, feature_map).with_attr(ARCH_ATTRIBUTE, CLUSTER_ARCH)
-            functions[f"clustered_{feature_map}"] = function.with_attr(OVERLAP_ATTRIBUTE, 1)
+    one_kernel, of_clusters = fused(config), clustered(config)
+    for feature_map in FEATURE_MAPS:
+        if one_kernel is not None:
+            function = fused_attention(one_kernel, feature_map)
+            functions[f"fused_{feature_map}"] = function.with_attr(OPTIONAL_ATTRIBUTE, 1)
+        if of_clusters is not None:
+            attributes = {ARCH_ATTRIBUTE: CLUSTER_ARCH, OVERLAP_ATTRIBUTE: 1, OPTIONAL_ATTRIBUTE: 1}
+            function = clustered_attention(of_clusters, feature_map)
+            functions[f"clustered_{feature_map}"] = function.with_attrs(attributes)
     return Lowered(tvm.IRModule(functions), {"source": "default"})

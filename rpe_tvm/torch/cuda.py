@@ -57,17 +57,22 @@ def attention(
 Launch = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # query, key, value, bias, projection, out
 
 
+# The kernels that do all of a call, the faster first: function, which calls they serve, their config.
+_ONE_LAUNCH = (
+    ("clustered", gpu_direct.is_clustered, gpu_direct.clustered),
+    ("fused", gpu_direct.is_fused, gpu_direct.fused),
+)
+
+
 def launch(instance: GpuInstance, query: Tensor, key: Tensor, feature_map: str, is_causal: bool) -> Launch:
     """What serves calls of `attention` with tensors of these shapes, in whole pieces where tensor cores read them."""
     config, functions, causal = instance.config, instance.functions, int(is_causal)
     if isinstance(config, TensorCoreConfig):
-        of_call = config, *query.shape[:3]
-        if gpu_direct.is_clustered(*of_call) and _has_clusters(query.get_device()):
-            clustered = functions[f"clustered_{feature_map}"]
-            return lambda q, k, v, b, w, out: clustered(q, k, v, b, w, causal, out)
-        if gpu_direct.is_fused(*of_call):
-            fused = functions[f"fused_{feature_map}"]
-            return lambda q, k, v, b, w, out: fused(q, k, v, b, w, causal, out)
+        for kind, serves, config_of in _ONE_LAUNCH:
+            one_launch = config_of(config) if serves(config, *query.shape[:3]) else None
+            if one_launch is not None and _runs(one_launch, query.get_device()):
+                whole = functions[f"{kind}_{feature_map}"]
+                return lambda q, k, v, b, w, out: whole(q, k, v, b, w, causal, out)
     if f"forward_{feature_map}" in functions:
         forward, size = functions[f"forward_{feature_map}"], _workspace_bytes(config, query.shape, key.shape[2])
         tables = (constant_tables(config, query.device),) if isinstance(config, GpuAttentionConfig) else ()
@@ -114,8 +119,11 @@ def current_gpu(x: Tensor) -> AbstractContextManager[object]:
 
 
 @functools.cache
-def _has_clusters(device: int) -> bool:
-    return int(gpus()[device].arch.removeprefix("sm_")) >= gpu_direct.CLUSTER_ARCH
+def _runs(one_launch: TensorCoreConfig, device: int) -> bool:
+    """Whether a GPU has what the kernel of this config needs: its library also runs on GPUs that do not."""
+    gpu = gpus()[device]
+    has_clusters = int(gpu.arch.removeprefix("sm_")) >= gpu_direct.CLUSTER_ARCH
+    return one_launch.shared_bytes <= gpu.shared_bytes and (one_launch.cluster == 1 or has_clusters)
 
 
 @functools.lru_cache(maxsize=256)

@@ -75,10 +75,8 @@ class TileConfig:
                 f"Invalid length: expected a multiple of the tile {self.tile_q} x {self.tile_k}, got {self.length}."
             )
         if PIECE * self.row_pieces % self.warps_k:
-            raise ValueError(
-                f"Invalid warps_k: expected a divisor of the {PIECE * self.row_pieces} rows of a lane, which they share in "
-                f"the end, got {self.warps_k}."
-            )
+            rows = PIECE * self.row_pieces
+            raise ValueError(f"Invalid warps_k: expected a divisor of the {rows} rows of a lane, got {self.warps_k}.")
         if self.threads > 1024:
             raise ValueError(f"Invalid warps: expected at most 32 in a block, got {self.warps_q * self.warps_k}.")
         if self.registers > MOST_REGISTERS:

@@ -74,6 +74,9 @@ class TileConfig:
             raise ValueError(
                 f"Invalid length: expected a multiple of the tile {self.tile_q} x {self.tile_k}, got {self.length}."
             )
+        if PIECE * self.row_pieces % self.warps_k:
+            rows = PIECE * self.row_pieces
+            raise ValueError(f"Invalid warps_k: expected a divisor of the {rows} rows of a lane, got {self.warps_k}.")
         if self.threads > 1024:
             raise ValueError(f"Invalid warps: expected at most 32 in a block, got {self.warps_q * self.warps_k}.")
         if self.registers > MOST_REGISTERS:
@@ -162,9 +165,9 @@ class TileConfig:
 
     @property
     def partial_bytes(self) -> int:
-        """Shared memory of the sums of all warps along the keys but the first, where the tiles were before."""
+        """Shared memory of the sums of all warps, where the tiles were before, if several share the keys."""
         sums = PIECE * self.row_pieces * (PIECE * self.channel_pieces + 1)
-        return FLOAT_BYTES * WARP * self.warps_q * (self.warps_k - 1) * sums
+        return FLOAT_BYTES * self.threads * sums if self.warps_k > 1 else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

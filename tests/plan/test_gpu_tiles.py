@@ -31,8 +31,8 @@ def test_sizes_of_a_block():
     assert config.stage_bytes == 4 * (24 * 128 + 64 * 128 + 192)
     assert config.shared_bytes == 2 * config.stage_bytes + 4 * 24 * 64 + 8 * 4 * 32 * 40
     assert config.table_shape(3, 65, 100) == (3, 128 + 128)
-    # three of four warps hand over 64 numerators and 8 denominators of each lane
-    assert config.partial_bytes == 4 * 32 * 2 * 3 * 8 * 9
+    # all warps hand over 64 numerators and 8 denominators of each lane
+    assert config.partial_bytes == 4 * 256 * 8 * 9
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_sizes_of_a_block():
         ({"stages": 1}, "stages: expected at least 2"),
         ({"blocks": -1}, "blocks: expected 0 or more"),
         ({"length": 96}, "length: expected a multiple of the tile 64 x 128, got 96"),
+        ({"warps_k": 3, "length": 1536}, "warps_k: expected a divisor of the 8 rows of a lane"),
         ({"warps_q": 16, "warps_k": 4}, "expected at most 32 in a block, got 64"),
         ({"head_dim": 256}, "expected sums of at most 200 registers, got 336"),
         ({"num_features": 200}, "shared memory: expected at most 232448 bytes"),

@@ -43,7 +43,7 @@ struct half { uint16_t bits; operator float() const { _Float16 x; memcpy(&x, &bi
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 struct Index { int x, y, z; };
 struct Barrier { int threads, arrived, generation; };
-struct Copy { void* target; const void* source; };
+struct Copy { void* target; const void* source; size_t bytes; };
 struct Fibre {
   ucontext_t context;
   int index;
@@ -70,6 +70,7 @@ static void meet(Barrier& barrier) {
   while (barrier.generation == generation) give_way();
 }
 static void __syncthreads() { meet(block); }
+static void __syncwarp() { meet(warps[self->index / 32]); }
 static uint32_t __cvta_generic_to_shared(void* p) { return (uint32_t)((unsigned char*)p - shared_memory); }
 static unsigned char* at_shared(uint32_t address, uint32_t bytes) {
   if (address + bytes > SHARED || address % bytes) fail("address in shared memory out of range or not aligned");
@@ -131,11 +132,12 @@ static float __shfl_xor_sync(uint32_t, float x, int mask, int) {
   return real(lanes[self->index % 32 ^ mask][0]);
 }
 static void copy_now(const Copy& copy) {
-  if (copy.source) memcpy(copy.target, copy.source, 16); else memset(copy.target, 0, 16);
+  if (copy.source) memcpy(copy.target, copy.source, copy.bytes); else memset(copy.target, 0, copy.bytes);
 }
+template <size_t bytes>
 static void copy_async(uint32_t target, const void* source, bool ignore = false) {
-  if (!ignore && (uintptr_t)source % 16) fail("address in global memory not aligned");
-  Copy copy{at_shared(target, 16), ignore ? nullptr : source};
+  if (!ignore && (uintptr_t)source % bytes) fail("address in global memory not aligned");
+  Copy copy{at_shared(target, bytes), ignore ? nullptr : source, bytes};
   if (!copies_late) copy_now(copy);
   else self->groups.back().push_back(copy);
 }
@@ -197,7 +199,8 @@ INSTRUCTIONS = (
         r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 .*\[%4\+?(-?\d*)\]",
         "ldmatrix_x4(true, {parameters} + {0})",
     ),
-    (r"cp\.async\.cg\.shared\.global ", "copy_async({parameters})"),
+    (r"cp\.async\.cg\.shared\.global ", "copy_async<16>({parameters})"),
+    (r"cp\.async\.ca\.shared\.global \[%0\], \[%1\], 4", "copy_async<4>({parameters})"),
     (r"cp\.async\.commit_group", "commit_group()"),
     (r"cp\.async\.wait_group (\d+)", "wait_group({0})"),
     (r"ld\.shared\.f32 .*\[%1\+?(-?\d*)\]", "memcpy(&{names[0]}, at_shared({names[1]} + {0}, 4), 4)"),
@@ -205,6 +208,17 @@ INSTRUCTIONS = (
         r"ld\.shared\.v2\.f32 .*\[%2\+?(-?\d*)\]",
         "memcpy(&{names[0]}, at_shared({names[2]} + {0}, 8), 4);"
         "memcpy(&{names[1]}, at_shared({names[2]} + {0}, 8) + 4, 4)",
+    ),
+    (
+        r"ld\.shared\.v4\.f32 .*\[%4\+?(-?\d*)\]",
+        "unsigned char* from = at_shared({names[4]} + {0}, 16);"
+        "memcpy(&{names[0]}, from, 4); memcpy(&{names[1]}, from + 4, 4);"
+        "memcpy(&{names[2]}, from + 8, 4); memcpy(&{names[3]}, from + 12, 4)",
+    ),
+    (
+        r"st\.shared\.v4\.f32 \[%0\+?(-?\d*)\]",
+        "float four[] = {{ {names[1]}, {names[2]}, {names[3]}, {names[4]} }};"
+        "memcpy(at_shared({names[0]} + {0}, 16), four, 16)",
     ),
     (r"red\.global\.add\.f32 ", "*(float*){names[0]} += {names[1]}"),
     (r"st\.shared\.f32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),

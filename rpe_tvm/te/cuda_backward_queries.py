@@ -27,11 +27,11 @@ from rpe_tvm.te.cuda_backward_rows import (
     copy_rows,
     in_matrices,
     load_rows,
-    walk,
     write_argument_gradient,
 )
 from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_tile import ELEMENT_BYTES, Place, add_partial_sums
+from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 
 

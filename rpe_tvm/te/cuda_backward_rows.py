@@ -5,7 +5,6 @@ A warp keeps its rows, queries or keys, as fragments in registers; the rows of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
@@ -67,34 +66,6 @@ def copy_floats(config: TensorCoreBackwardConfig, thread: Expr, x: Buffer, count
         warp.copy_async(target + warp.uint32(chunk * CHUNK_BYTES), x.ptr_to([*at[:-1], at[-1] + chunk * 4]))
 
     share(config.threads, thread, count // 4, copy)
-
-
-def walk(
-    config: TensorCoreBackwardConfig,
-    base: Expr,
-    tiles: Expr,
-    load: Callable[[Expr, Expr], None],
-    add: Callable[[Expr, Expr], None],
-) -> None:
-    """Call `load(address of a stage, tile)` for all tiles and, when its copies have arrived, `add(offset, tile)`."""
-    for stage in range(config.stages - 1):
-        with T.If(stage < tiles), T.Then():
-            load(base + T.uint32(stage * config.stage_bytes), T.int32(stage))
-        warp.commit()
-    # where the stage in use lies: a register, or nvcc keeps the next value of every address made of it in another
-    used = named("used", warp.registers(1, "uint32"))
-    T.buffer_store(used, T.uint32(0), [0])
-    last = T.uint32((config.stages - 1) * config.stage_bytes)
-    size = T.uint32(config.stage_bytes)
-    with T.serial(tiles) as tile:
-        warp.wait(config.stages - 2)
-        warp.barrier()
-        ahead = tile + (config.stages - 1)
-        with T.If(ahead < tiles), T.Then():
-            load(let("free", base + T.Select(used[0] == 0, last, used[0] - size)), ahead)
-        warp.commit()
-        add(used[0], tile)
-        T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + size), [0])
 
 
 def in_matrices(lane: Place, row_bytes: int, transpose: bool) -> Expr:

@@ -43,6 +43,11 @@ def copy_async(shared: Expr, pointer: Expr, ignore: Expr | None = None) -> None:
     T.evaluate(copy(shared, pointer, 16) if ignore is None else copy(shared, pointer, 16, T.ptx.pred(ignore)))
 
 
+def copy_float_async(shared: Expr, pointer: Expr, ignore: Expr) -> None:
+    """Start a copy of one float32 to shared memory; zero arrives where `ignore` is true, and nothing is read."""
+    T.evaluate(T.ptx["cp.async.ca.shared.global"](shared, pointer, 4, T.ptx.pred(ignore)))
+
+
 def commit() -> None:
     """Close a group of copies."""
     T.evaluate(T.ptx["cp.async.commit_group"]())
@@ -56,6 +61,11 @@ def wait(pending: int) -> None:
 def barrier() -> None:
     """Wait for all threads of the block."""
     T.evaluate(T.cuda.cta_sync())
+
+
+def warp_barrier() -> None:
+    """Wait for all lanes of the warp, and see what they have stored."""
+    T.evaluate(T.cuda.warp_sync())
 
 
 def load_matrices(target: Buffer, shared: Expr, offset: int, transpose: bool = False) -> None:
@@ -72,6 +82,16 @@ def load_float(target: Buffer, index: int, shared: Expr, offset: int) -> None:
 def load_floats(target: Buffer, index: int, shared: Expr, offset: int) -> None:
     """Load two float32 of shared memory, at a multiple of 8 bytes, into registers."""
     T.evaluate(T.ptx["ld.shared.v2.f32"](target[index], target[index + 1], T.ptx.addr(shared, offset)))
+
+
+def load_four(target: Buffer, index: int, shared: Expr, offset: int) -> None:
+    """Load four float32 of shared memory, at a multiple of 16 bytes, into registers."""
+    T.evaluate(T.ptx["ld.shared.v4.f32"](*(target[index + i] for i in range(4)), T.ptx.addr(shared, offset)))
+
+
+def store_four(shared: Expr, offset: int, values: Sequence[Expr]) -> None:
+    """Store four float32 in shared memory, at a multiple of 16 bytes."""
+    T.evaluate(T.ptx["st.shared.v4.f32"](T.ptx.addr(shared, offset), *values))
 
 
 def store_float(shared: Expr, offset: int, value: Expr) -> None:
@@ -103,7 +123,12 @@ def power_of_2(target: Buffer, index: int, exponent: Expr) -> None:
 
 def quad_sum(array: Buffer, index: int) -> None:
     """Give the four lanes of each group the sum of their values."""
-    for distance in (1, 2):
+    sum_over_lanes(array, index, (1, 2))
+
+
+def sum_over_lanes(array: Buffer, index: int, distances: Sequence[int]) -> None:
+    """Give all lanes whose numbers differ in some of these bits the sum of their values."""
+    for distance in distances:
         T.buffer_store(array, array[index] + _other_lane(array[index], distance), [index])
 
 

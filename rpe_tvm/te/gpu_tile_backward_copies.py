@@ -1,15 +1,13 @@
-"""How tiles of the gradients in float32 reach shared memory: asynchronous copies, one tile ahead."""
+"""How rows of the gradients by tiles in float32 reach shared memory, by asynchronous copies."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from tvm.script import tirx as T
 
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, WARP
 from rpe_tvm.plan.gpu_tiles_backward import FOUR, TileBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import let, named
+from rpe_tvm.te.cuda_function import let
 from rpe_tvm.te.cuda_tile import share
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 
@@ -60,28 +58,3 @@ def copy_floats(config: TileBackwardConfig, thread: Expr, x: Buffer, count: int,
         warp.copy_async(target + warp.uint32(chunk * CHUNK_BYTES), x.ptr_to([*at[:-1], at[-1] + chunk * FOUR]))
 
     share(config.threads, thread, count // FOUR, copy)
-
-
-def walk(
-    config: TileBackwardConfig,
-    base: Expr,
-    tiles: Expr,
-    load: Callable[[Expr, Expr], None],
-    add: Callable[[Expr, Expr], None],
-) -> None:
-    """Call `load(address of a stage, tile)` for all tiles and, when its copies have arrived, `add(offset, tile)`."""
-    size = T.uint32(config.stage_bytes)
-    with T.If(tiles > 0), T.Then():
-        load(base, T.int32(0))
-    warp.commit()
-    # where the tile in use lies: a register, or nvcc keeps the next value of every address made of it in another
-    used = named("used", warp.registers(1, "uint32"))
-    T.buffer_store(used, T.uint32(0), [0])
-    with T.serial(tiles) as tile:
-        warp.wait(0)
-        warp.barrier()
-        with T.If(tile + 1 < tiles), T.Then():
-            load(let("free", base + (size - used[0])), tile + 1)
-        warp.commit()
-        add(used[0], tile)
-        T.buffer_store(used, size - used[0], [0])

@@ -21,8 +21,9 @@ from rpe_tvm.plan.gpu_direct import CHUNK_BYTES
 from rpe_tvm.plan.gpu_tiles_backward import FOUR, KEPT, ROWS, WALKED, TileBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
 from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
+from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
-from rpe_tvm.te.gpu_tile_backward_copies import copy_channels, copy_features, copy_floats, walk
+from rpe_tvm.te.gpu_tile_backward_copies import copy_channels, copy_features, copy_floats
 from rpe_tvm.te.gpu_tile_backward_pairs import PAIRS, Allows, Meet, Pairs
 from rpe_tvm.te.gpu_tile_backward_sums import Sums
 

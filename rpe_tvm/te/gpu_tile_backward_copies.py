@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from tvm.script import tirx as T
 
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, WARP
@@ -37,18 +39,17 @@ def copy_channels(
     left = let("left", T.Cast("int32", x.shape[2] - first))
     # rows of four follow each other without a gap, and warps take 2^i rows in turns
     from_row = let("from_row", target + warp.uint32(4 * (row * config.channels + row // FOUR * FOUR + lane)))
-    for turn in range(count // warps):
+    with T.unroll(count // warps) as turn:
         for column in range(0, config.channels, WARP):
-            offset = 4 * (turn * warps * config.channels + turn * warps // FOUR * FOUR + column)
+            offset = 4 * (turn * (warps * config.channels) + turn * warps // FOUR * FOUR + column)
             pointer = x.ptr_to([b, h, first + (turn * warps + row), column + lane])
-            ignore = row >= left - turn * warps
+            ignore = row + turn * warps >= left
             if column + WARP > config.head_dim:
                 ignore = T.Or(ignore, lane >= config.head_dim - column)
-            if column + WARP <= config.channels:
-                warp.copy_float_async(from_row + T.uint32(offset), pointer, ignore)
-            else:
-                with T.If(lane < config.channels - column), T.Then():
-                    warp.copy_float_async(from_row + T.uint32(offset), pointer, ignore)
+            exists = lane < config.channels - column
+            with T.If(exists) if column + WARP > config.channels else nullcontext():
+                with T.Then() if column + WARP > config.channels else nullcontext():
+                    warp.copy_float_async(from_row + warp.uint32(offset), pointer, ignore)
 
 
 def copy_floats(config: TileBackwardConfig, thread: Expr, x: Buffer, count: int, target: Expr, *at: Expr) -> None:

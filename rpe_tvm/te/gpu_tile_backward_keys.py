@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES
 from rpe_tvm.plan.gpu_tiles_backward import FOUR, KEPT, WALKED, TileBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
+from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, loops_for_nvcc, named
 from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 from rpe_tvm.te.gpu_tile_backward_copies import copy_channels, copy_features, copy_floats
@@ -87,6 +87,7 @@ def _build(config: TileBackwardConfig) -> None:
         T.launch_thread("blockIdx.z", batch) as b,
         T.launch_thread("threadIdx.x", config.threads) as thread,
         blocks_at_once(config.blocks),
+        loops_for_nvcc(),
     ):
         first_k = let("first_k", T.Cast("int64", block) * config.rows)
         shared = T.alloc_buffer((config.shared_bytes,), "uint8", scope="shared.dyn", align=CHUNK_BYTES)
@@ -143,12 +144,12 @@ def _build(config: TileBackwardConfig) -> None:
         of_channels.add_groups()
         of_features.add_groups()
 
-        def store_channel(i: int, row: Expr, column: Expr, total: Expr) -> None:
+        def store_channel(i: Expr, row: Expr, column: Expr, total: Expr) -> None:
             exists = first_k + row < args.n_key
             with T.If(T.And(exists, column < config.head_dim)), T.Then():
                 T.buffer_store(args.grad_value, total, [b, h, first_k + row, column])
 
-        def store_feature(i: int, row: Expr, column: Expr, total: Expr) -> None:
+        def store_feature(i: Expr, row: Expr, column: Expr, total: Expr) -> None:
             with T.If(column < config.num_features), T.Then():
                 T.buffer_store(args.grad_phi, total, [b, h, column, 0, first_k + row])
 
@@ -187,15 +188,14 @@ def _add_tile(
                 action(used)
 
     def to_probabilities(meet: Meet) -> None:
-        for i in range(WALKED):
-            for j in range(KEPT):
-                at = i * KEPT + j
-                T.buffer_store(numbers, meet(i, j, numbers[at] * weight(i, j) * inverses[i]), [at])
+        with T.unroll(WALKED) as i, T.unroll(KEPT) as j:
+            at = i * KEPT + j
+            T.buffer_store(numbers, meet(i, j, numbers[at] * weight(i, j) * inverses[i]), [at])
 
     def to_pulls(meet: Meet) -> None:
-        for i in range(WALKED):
+        with T.unroll(WALKED) as i:
             pairs.load(probabilities, i)
-            for j in range(KEPT):
+            with T.unroll(KEPT) as j:
                 at = i * KEPT + j
                 T.buffer_store(numbers, numbers[at] + terms[i], [at])
                 diagonals.add(i, j, meet(i, j, probabilities[j] * numbers[at]))

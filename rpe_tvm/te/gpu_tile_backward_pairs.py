@@ -22,7 +22,7 @@ from rpe_tvm.te.cuda_warp import Buffer, Expr
 PAIRS = WALKED * KEPT
 
 Allows = Callable[[Expr, Expr], Expr]  # row of a tile, kept row -> whether they meet
-Meet = Callable[[int, int, Expr], Expr]  # numbers of a thread's pair, and what it is where it meets
+Meet = Callable[[Expr, Expr, Expr], Expr]  # numbers of a thread's pair, and what it is where it meets
 
 
 def spread(thread: Expr, kept: int) -> tuple[Expr, Expr]:
@@ -62,11 +62,11 @@ class Pairs:
         self.place = let("pairs", base + warp.uint32(pairs + self.walked * of_four + self.kept * CHUNK_BYTES))
         self.kept_terms = let("kept_terms", base + warp.uint32(terms + self.kept * CHUNK_BYTES))
 
-    def walked_row(self, i: int) -> Expr:
+    def walked_row(self, i: Expr) -> Expr:
         """Return the i-th of the thread's rows of a tile."""
         return self.walked * FOUR + (i % FOUR + i // FOUR * (self.config.tile // 2))
 
-    def kept_row(self, i: int) -> Expr:
+    def kept_row(self, i: Expr) -> Expr:
         """Return the i-th of the thread's kept rows."""
         return self.kept * FOUR + i
 
@@ -79,15 +79,14 @@ class Pairs:
         with T.serial(config.features // FOUR) as four:
             of_walked = let("of_walked", walked + warp.uint32(four * (4 * in_fours(FOUR, config.tile))))
             of_kept = let("of_kept", self.kept_features + warp.uint32(four * (4 * in_fours(FOUR, config.rows))))
-            for feature in range(FOUR):
-                for half in (0, 1):
+            with T.unroll(FOUR) as feature:
+                with T.unroll(2) as half:
                     offset = 4 * (feature * config.tile + half * (config.tile // 2))
-                    warp.load_four(x, half * FOUR, of_walked, offset)
-                warp.load_four(y, 0, of_kept, 4 * feature * config.rows)
-                for i in range(WALKED):
-                    for j in range(KEPT):
-                        at = i * KEPT + j
-                        T.buffer_store(sums, sums[at] + x[i] * y[j], [at])
+                    warp.load_four(x, half * FOUR, of_walked + warp.uint32(offset), 0)
+                warp.load_four(y, 0, of_kept + warp.uint32(4 * feature * config.rows), 0)
+                with T.unroll(WALKED) as i, T.unroll(KEPT) as j:
+                    at = i * KEPT + j
+                    T.buffer_store(sums, sums[at] + x[i] * y[j], [at])
 
     def of_channels(self, used: Expr, sums: Buffer) -> None:
         """Make the products over channels, one channel after the other."""
@@ -98,17 +97,16 @@ class Pairs:
         with T.serial(config.channels // FOUR) as four:
             of_walked = let("of_walked", walked + warp.uint32(four * CHUNK_BYTES))
             of_kept = let("of_kept", self.kept_channels + warp.uint32(four * CHUNK_BYTES))
-            for j in range(KEPT):
-                warp.load_four(y, j * FOUR, of_kept, 4 * j * config.channels)
-            for i in range(WALKED):
+            with T.unroll(KEPT) as j:
+                warp.load_four(y, j * FOUR, of_kept + warp.uint32(4 * j * config.channels), 0)
+            with T.unroll(WALKED) as i:
                 row = i % FOUR * config.channels + i // FOUR * in_fours(config.tile // 2, config.channels)
-                warp.load_four(x, 0, of_walked, 4 * row)
-                for channel in range(FOUR):
-                    for j in range(KEPT):
-                        at = i * KEPT + j
-                        T.buffer_store(sums, sums[at] + x[channel] * y[j * FOUR + channel], [at])
+                warp.load_four(x, 0, of_walked + warp.uint32(4 * row), 0)
+                with T.unroll(FOUR) as channel, T.unroll(KEPT) as j:
+                    at = i * KEPT + j
+                    T.buffer_store(sums, sums[at] + x[channel] * y[j * FOUR + channel], [at])
 
-    def load_weights(self, used: Expr, sign: int) -> Callable[[int, int], Expr]:
+    def load_weights(self, used: Expr, sign: int) -> Callable[[Expr, Expr], Expr]:
         """Load the weights of the thread's pairs; returns that of a pair.
 
         `sign` says whether offsets grow with the row of the tile (1) or with the kept one (-1): in the strip, offset 0
@@ -124,7 +122,7 @@ class Pairs:
                 offset = sign * half * (config.tile // 2) + four * FOUR
                 warp.load_four(weights, half * WALKED + four * FOUR, address, 4 * offset)
 
-        def weight(i: int, j: int) -> Expr:
+        def weight(i: Expr, j: Expr) -> Expr:
             return weights[i // FOUR * WALKED + FOUR + sign * (i % FOUR - j)]
 
         return weight
@@ -134,7 +132,7 @@ class Pairs:
         with T.If(is_partial):
             with T.Then():
 
-                def select(i: int, j: int, x: Expr) -> Expr:
+                def select(i: Expr, j: Expr, x: Expr) -> Expr:
                     return T.Select(allows(self.walked_row(i), self.kept_row(j)), x, T.float32(0))
 
                 action(select)
@@ -143,13 +141,13 @@ class Pairs:
 
     def store(self, pairs: Buffer) -> None:
         """Write the thread's pairs, a row of kept ones for each row of the tile."""
-        for i in range(WALKED):
-            warp.store_four(self.place, self._offset(i), [pairs[i * KEPT + j] for j in range(KEPT)])
+        with T.unroll(WALKED) as i:
+            warp.store_four(self._row(i), 0, [pairs[i * KEPT + j] for j in range(KEPT)])
 
-    def load(self, pairs: Buffer, i: int) -> None:
+    def load(self, pairs: Buffer, i: Expr) -> None:
         """Read what this thread has written of a row of the tile."""
-        warp.load_four(pairs, 0, self.place, self._offset(i))
+        warp.load_four(pairs, 0, self._row(i), 0)
 
-    def _offset(self, i: int) -> int:
+    def _row(self, i: Expr) -> Expr:
         half = in_fours(self.config.tile // 2, self.config.rows, PAIR_PADDING)
-        return 4 * (i % FOUR * self.config.rows + i // FOUR * half)
+        return self.place + warp.uint32(4 * (i % FOUR * self.config.rows + i // FOUR * half))

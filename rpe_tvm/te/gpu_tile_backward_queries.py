@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES
 from rpe_tvm.plan.gpu_tiles_backward import FOUR, KEPT, ROWS, WALKED, TileBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
+from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, loops_for_nvcc, named
 from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 from rpe_tvm.te.gpu_tile_backward_copies import copy_channels, copy_features, copy_floats
@@ -82,6 +82,7 @@ def _build(config: TileBackwardConfig) -> None:
         T.launch_thread("blockIdx.z", batch) as b,
         T.launch_thread("threadIdx.x", config.threads) as thread,
         blocks_at_once(config.blocks),
+        loops_for_nvcc(),
     ):
         # with a causal mask the last rows have most to do: they start first
         first_q = let("first_q", (blocks - 1 - block) * config.rows)
@@ -165,17 +166,14 @@ def _add_tile(
     weight = pairs.load_weights(used, 1)
 
     def add_scores(meet: Meet) -> None:
-        for i in range(WALKED):
-            for j in range(KEPT):
-                score = meet(i, j, numbers[i * KEPT + j] * weight(i, j))
-                T.buffer_store(denominator, denominator[j] + score, [j])
+        with T.unroll(WALKED) as i, T.unroll(KEPT) as j:
+            score = meet(i, j, numbers[i * KEPT + j] * weight(i, j))
+            T.buffer_store(denominator, denominator[j] + score, [j])
 
     def weigh(meet: Meet) -> None:
-        for i in range(WALKED):
-            for j in range(KEPT):
-                at = i * KEPT + j
-                pull = meet(i, j, (numbers[at] + terms[j]) * weight(i, j))
-                T.buffer_store(numbers, pull, [at])
+        with T.unroll(WALKED) as i, T.unroll(KEPT) as j:
+            at = i * KEPT + j
+            T.buffer_store(numbers, meet(i, j, (numbers[at] + terms[j]) * weight(i, j)), [at])
 
     pairs.of_features(used, numbers)
     pairs.where_they_meet(is_partial, allows, add_scores)
@@ -231,7 +229,7 @@ def _finish(
         at = warp.uint32(4 * (sums.kept * FOUR + half * (config.rows // 2)))
         warp.load_four(inverses, half * FOUR, inverse_at + at, 0)
 
-    def store(i: int, row: Expr, column: Expr, total: Expr) -> None:
+    def store(i: Expr, row: Expr, column: Expr, total: Expr) -> None:
         # a row that has no weight passes nothing, whatever its sums are
         gradient = T.Select(inverses[i] != T.float32(0), total * inverses[i], T.float32(0))
         if config.features == config.num_features:

@@ -62,9 +62,9 @@ class Sums:
         def load(y: Buffer, four: Expr) -> None:
             pass
 
-        def load_row(y: Buffer, four: Expr, row: int) -> None:
+        def load_row(y: Buffer, four: Expr, row: Expr) -> None:
             for panel, at in enumerate(columns_at):
-                warp.load_four(y, panel * COLUMNS, at + warp.uint32(four * stride), 4 * row * config.channels)
+                warp.load_four(y, panel * COLUMNS, at + warp.uint32(four * stride + 4 * row * config.channels), 0)
 
         self._add(load, load_row, 1, allows)
 
@@ -79,16 +79,16 @@ class Sums:
 
         def load(y: Buffer, four: Expr) -> None:
             for panel, at in enumerate(columns_at):
-                for column in range(COLUMNS):
+                with T.unroll(COLUMNS) as column:
                     to = (panel * COLUMNS + column) * FOUR
-                    warp.load_four(y, to, at + warp.uint32(four * CHUNK_BYTES), 4 * column * config.tile)
+                    warp.load_four(y, to, at + warp.uint32(four * CHUNK_BYTES + 4 * column * config.tile), 0)
 
         self._add(load, None, FOUR, allows)
 
     def _add(
         self,
         load: Callable[[Buffer, Expr], None],
-        load_row: Callable[[Buffer, Expr, int], None] | None,
+        load_row: Callable[[Buffer, Expr, Expr], None] | None,
         rows_at_once: int,
         allows: Allows | None,
     ) -> None:
@@ -101,18 +101,19 @@ class Sums:
         def add_four(four: Expr) -> None:
             pairs_at = let("pairs_at", self.pairs_at + warp.uint32(four * stride))
             load(y, four)
-            for row in range(FOUR):
+            with T.unroll(FOUR) as row:
                 if load_row is not None:
                     load_row(y, four, row)
-                for half in (0, 1):
-                    warp.load_four(x, half * FOUR, pairs_at, 4 * (row * config.rows + half * (config.rows // 2)))
-                for i in range(ROWS):
+                with T.unroll(2) as half:
+                    offset = 4 * (row * config.rows + half * (config.rows // 2))
+                    warp.load_four(x, half * FOUR, pairs_at + warp.uint32(offset), 0)
+                with T.unroll(ROWS) as i:
                     meet = None
                     if allows is not None:
                         walked = self.group * self.walked + (four * FOUR + row)
                         meet = let("meet", allows(walked, self.kept_row(i)))
-                    for j in range(len(self.column) * COLUMNS):
-                        at = i * len(self.column) * COLUMNS + j
+                    with T.unroll(len(self.column) * COLUMNS) as j:
+                        at = i * (len(self.column) * COLUMNS) + j
                         old = self.registers[at]
                         new = old + x[i] * y[j * rows_at_once + row % rows_at_once]
                         T.buffer_store(self.registers, new if meet is None else T.Select(meet, new, old), [at])
@@ -121,7 +122,7 @@ class Sums:
             with T.Then() if not self.is_all else nullcontext(), T.serial(self.walked // FOUR) as four:
                 add_four(four)
 
-    def kept_row(self, i: int) -> Expr:
+    def kept_row(self, i: Expr) -> Expr:
         """Return the i-th of the thread's kept rows."""
         return self.kept * FOUR + (i % FOUR + i // FOUR * (self.config.rows // 2))
 
@@ -136,23 +137,21 @@ class Sums:
         place = let("place", self.base + warp.uint32(4 * self.thread))
         with T.If(T.And(self.group > 0, self.group < share.groups)), T.Then():
             mine = let("mine", place + warp.uint32((self.group - 1) * (4 * threads)))
-            for register in range(share.sums):
-                warp.store_float(mine, register * stride, self.registers[register])
+            with T.unroll(share.sums) as register:
+                warp.store_float(mine + warp.uint32(register * stride), 0, self.registers[register])
         warp.barrier()
         part = named("part", warp.registers(1, "float32"))
         with T.If(self.group == 0), T.Then():
-            for register in range(share.sums):
-                for other in range(share.groups - 1):
-                    warp.load_float(part, 0, place, register * stride + other * 4 * threads)
-                    T.buffer_store(self.registers, self.registers[register] + part[0], [register])
+            with T.unroll(share.sums) as register, T.unroll(share.groups - 1) as other:
+                warp.load_float(part, 0, place + warp.uint32(register * stride + other * (4 * threads)), 0)
+                T.buffer_store(self.registers, self.registers[register] + part[0], [register])
         warp.barrier()
 
-    def write(self, store: Callable[[int, Expr, Expr, Expr], None]) -> None:
+    def write(self, store: Callable[[Expr, Expr, Expr, Expr], None]) -> None:
         """Call `store(i, row, column, sum)` for all sums: the i-th row of the thread."""
         panels = len(self.column)
         for panel in range(panels):
             with T.If(T.And(self.group == 0, self.is_column[panel])), T.Then():
-                for i in range(ROWS):
-                    for j in range(COLUMNS):
-                        at = (i * panels + panel) * COLUMNS + j
-                        store(i, self.kept_row(i), self.column[panel] * COLUMNS + j, self.registers[at])
+                with T.unroll(ROWS) as i, T.unroll(COLUMNS) as j:
+                    at = (i * panels + panel) * COLUMNS + j
+                    store(i, self.kept_row(i), self.column[panel] * COLUMNS + j, self.registers[at])

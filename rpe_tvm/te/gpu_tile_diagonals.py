@@ -51,7 +51,7 @@ class Diagonals:
         """Begin a tile."""
         warp.zero(self.sums, 2 * OFFSETS)
 
-    def add(self, i: int, j: int, value: Expr) -> None:
+    def add(self, i: Expr, j: Expr, value: Expr) -> None:
         """Add the number of a pair of this thread."""
         at = i // FOUR * OFFSETS + j - i % FOUR + FOUR - 1
         T.buffer_store(self.sums, self.sums[at] + value, [at])
@@ -71,7 +71,7 @@ class Diagonals:
         """
         config = self.config
         total, part = (named(name, warp.registers(1, "float32")) for name in ("total", "part"))
-        count, half_tile = config.rows + config.tile, config.tile // 2
+        count = config.rows + config.tile
         rows = 4 * config.rows
         before = let("before", self.shared + warp.uint32((tile + 1) % 2 * rows))
         after = let("after", self.shared + warp.uint32(tile % 2 * rows))
@@ -85,15 +85,14 @@ class Diagonals:
                 shifted = let("shifted", b + FOUR - 1)
                 number, kept = shifted % FOUR, let("kept_of_offset", shifted // FOUR)
                 numbers = let("numbers_at", self.start + warp.uint32(4 * (number * config.diagonal_stride + kept)))
-                for walked in range(config.tile // WALKED):
-                    for half in (0, 1):
-                        for four in (0, 1):
-                            column = walked + half * (half_tile // FOUR) - four - config.tile // FOUR
-                            exists = T.And(kept + column >= 0, kept + column < self.width)
-                            offset = (half * 8 + four * FOUR) * config.diagonal_stride + walked * self.width + column
-                            with T.If(exists), T.Then():
-                                warp.load_float(part, 0, numbers, 4 * offset)
-                                T.buffer_store(total, total[0] + part[0], [0])
+                with T.unroll(config.tile // WALKED) as walked, T.unroll(2) as half, T.unroll(2) as four:
+                    column = walked + half * (config.tile // 2 // FOUR) - four - config.tile // FOUR
+                    exists = T.And(kept + column >= 0, kept + column < self.width)
+                    place = half * (8 * config.diagonal_stride) + four * (FOUR * config.diagonal_stride - 1)
+                    place = place + walked * (self.width + 1) + half * (config.tile // 2 // FOUR)
+                    with T.If(exists), T.Then():
+                        warp.load_float(part, 0, numbers + warp.uint32(4 * place), -config.tile)
+                        T.buffer_store(total, total[0] + part[0], [0])
                 with T.If(b < config.rows):
                     with T.Then():
                         warp.store_float(after + warp.uint32(4 * b), 0, total[0])

@@ -9,6 +9,7 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.gpu import COMPOSITE, HALF_WARP, GpuAttentionConfig
 from rpe_tvm.te.gpu_attention import TILE
+from rpe_tvm.te.gpu_features import FeatureSizes
 
 Loop = Any
 Block = Any
@@ -214,7 +215,7 @@ def normalise(sch: Schedule) -> None:
     sch.storage_align(sums, 0, 3, PAIR * TILE, PAIR)
 
 
-def features(sch: Schedule, config: GpuAttentionConfig, widest_row: int = WIDEST_ROW) -> None:
+def features(sch: Schedule, config: FeatureSizes, widest_row: int = WIDEST_ROW) -> None:
     """Schedule `te.gpu_features.features`: a thread makes a few features of one position.
 
     Rows come through shared memory: neighbouring threads read neighbouring numbers of a row there. Rows of up to

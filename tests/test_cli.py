@@ -17,7 +17,7 @@ from rpe_tvm import build as package
 from rpe_tvm.build import cache, manifest, nvcc
 from rpe_tvm.build import compile as build
 from rpe_tvm.errors import GpuNotFoundError, TuningError
-from rpe_tvm.plan import backward, gpu, gpu_backward, gpu_direct_backward, gpu_toeplitz, toeplitz, wisdom
+from rpe_tvm.plan import backward, gpu_backward, gpu_direct_backward, gpu_tiles, gpu_toeplitz, toeplitz, wisdom
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.runtime import gpu as runtime_gpu
 from rpe_tvm.runtime import load
@@ -125,7 +125,7 @@ def test_compile_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     )
     command = ["compile", "--features", "3", "--head-dim", "8", "--lengths", "50,200", "--out", str(tmp_path)]
     assert cli.main([*command, "--target", "sm_80"]) == 0
-    assert asked == [(gpu.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]
+    assert asked == [(gpu_tiles.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]
     assert cli.main([*command, "--target", "sm_75"]) == 1
     assert capsys.readouterr().err.startswith("error: Unknown GPU architecture 'sm_75'")
     assert cli.main([*command, "--target", "sm_90", "--lengths", "9999999"]) == 1

@@ -47,6 +47,26 @@ def _scheduled(
     schedule(sch, config)
 
 
+def _function(name: str, expressions: list[te.Tensor], schedule: Callable[[Schedule], None]) -> tvm.tirx.PrimFunc:
+    sch = Schedule(relax_parameters(te.create_prim_func(expressions), STRIDED))
+    schedule(sch)
+    return named(sch, name)
+
+
+def feature_functions(
+    config: gpu_features.FeatureSizes, widest_row: int = gpu.WIDEST_ROW
+) -> dict[str, tvm.tirx.PrimFunc]:
+    """Return `features_prf` and `features_nprf`."""
+    return {
+        f"features_{feature_map}": _function(
+            f"features_{feature_map}",
+            gpu_features.features(config, shapes.symbolic(), feature_map),
+            lambda sch: gpu.features(sch, config, widest_row),
+        )
+        for feature_map in gpu_features.FEATURE_MAPS
+    }
+
+
 def lower(config: GpuAttentionConfig, widest_row: int = gpu.WIDEST_ROW) -> Lowered:
     """Return the scheduled functions; `widest_row` as in `schedules.gpu.features`.
 
@@ -56,19 +76,11 @@ def lower(config: GpuAttentionConfig, widest_row: int = gpu.WIDEST_ROW) -> Lower
     `forward_nprf` call the others.
     """
     sizes = shapes.symbolic()
-    functions: dict[str, tvm.tirx.PrimFunc] = {}
+    functions = feature_functions(config, widest_row)
 
     def add(name: str, expressions: list[te.Tensor], schedule: Callable[[Schedule], None]) -> None:
-        sch = Schedule(relax_parameters(te.create_prim_func(expressions), STRIDED))
-        schedule(sch)
-        functions[name] = named(sch, name)
+        functions[name] = _function(name, expressions, schedule)
 
-    for feature_map in gpu_features.FEATURE_MAPS:
-        add(
-            f"features_{feature_map}",
-            gpu_features.features(config, sizes, feature_map),
-            lambda sch: gpu.features(sch, config, widest_row),
-        )
     add("largest", gpu_weights.largest_bias(sizes), gpu.largest_bias)
     for name, expressions, schedule in (_short if config.columns == 1 else _long)(config, sizes):
         add(name, expressions, functools.partial(_scheduled, schedule, config))

@@ -9,13 +9,14 @@ import math
 
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
 
 # Of each of the two arrays between columns and rows, 256 MiB: enough blocks for all of a GPU. Arrays of 16 MiB, which
 # would stay in the second-level cache, took 31.7 ms in place of 17.3 at n = 65536 on an H100, of 512 MiB 17.0.
 _ARRAY_FLOATS = 64 << 20
 
 
-def features(config: GpuAttentionConfig, batch: int, heads: int) -> tuple[int, ...]:
+def features(config: GpuAttentionConfig | TileConfig, batch: int, heads: int) -> tuple[int, ...]:
     """phi of queries and of keys, `[B, H, m, P]`: natural order, zero past the length."""
     return batch, heads, config.num_features, config.length
 

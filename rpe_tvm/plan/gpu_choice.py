@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from rpe_tvm.plan import gpu, gpu_direct, gpu_wisdom, rocm
+from rpe_tvm.plan import gpu, gpu_direct, gpu_tiles, gpu_wisdom, rocm
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
@@ -13,6 +13,8 @@ from rpe_tvm.plan.rocm_limits import is_rocm
 
 # The rule: from here on the FFT has fewer operations to do, counted at the rates of the H100's prototypes.
 LONGEST_DIRECT = 32768
+# The same in float32, where tensor cores have no part.
+LONGEST_TILES = 2048
 # On all GPUs the algorithm is the one that was faster on these.
 MEASURED = "cuda-sm_90"
 
@@ -35,6 +37,15 @@ def _has_tiles(num_features: int, head_dim: int, dtype: str) -> bool:
     return True
 
 
+@functools.cache
+def _fits_tiles(n: int, num_features: int, head_dim: int) -> bool:
+    try:
+        gpu_tiles.choose(n, num_features, head_dim)
+    except ValueError:
+        return False
+    return True
+
+
 def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32", target_id: str = MEASURED) -> GpuConfig:
     """Return the config for up to `n` positions of `dtype` where nothing was measured.
 
@@ -48,14 +59,16 @@ def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32", targe
         return rocm.choose(n, num_features, head_dim, target_id)
     if dtype != "float32" and n <= LONGEST_DIRECT and _has_tiles(num_features, head_dim, dtype):
         return gpu_direct.choose(n, num_features, head_dim, dtype)  # type: ignore[arg-type]
+    if dtype == "float32" and n <= LONGEST_TILES and _fits_tiles(n, num_features, head_dim):
+        return gpu_tiles.choose(n, num_features, head_dim)
     return gpu.choose(n, num_features, head_dim)
 
 
 def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32", target_id: str = MEASURED) -> GpuConfig:
     """Return the config for up to `n` positions.
 
-    By FFT a measured choice for the same bucket, features and head dimension is taken as it is. Tiles of tensor cores
-    do not depend on the length: those of the nearest measured one are taken.
+    In float32 a measured choice for the same bucket, features and head dimension is taken as it is. Tiles of tensor
+    cores do not depend on the length: those of the nearest measured one are taken.
 
     Parameters
     ----------

@@ -157,6 +157,10 @@ class TileConfig:
         scores = self.warps_q * self.warps_k * self.keys * self.score_row_bytes
         return max(self.stages * self.stage_bytes + queries + scores, self.partial_bytes)
 
+    def table_shape(self, heads: int, n_query: int, n_key: int) -> tuple[int, int]:
+        """Return the shape of the weights: c[t] at index t + round_up(n_query, tile_q), zero elsewhere."""
+        return heads, round_up(n_query, self.tile_q) + round_up(n_key, self.tile_k)
+
     @property
     def partial_bytes(self) -> int:
         """Shared memory of the sums of all warps along the keys but the first, where the tiles were before."""

@@ -11,8 +11,9 @@ from typing import Any
 from rpe_tvm.plan import wisdom
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
 
-GpuConfig = GpuAttentionConfig | TensorCoreConfig
+GpuConfig = GpuAttentionConfig | TensorCoreConfig | TileConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class GpuWisdom:
         Of query, key, value and the output. Where the FFT serves 16-bit numbers, its config has another one.
     length : int
         Positions that it was measured at.
-    config : GpuAttentionConfig or TensorCoreConfig
+    config : GpuAttentionConfig, TensorCoreConfig or TileConfig
         The fastest one.
     ms, default_ms : float
         Its time, and in the same race that of the rule's config.
@@ -39,8 +40,10 @@ class GpuWisdom:
 
 
 def config_from_json(fields: dict[str, Any]) -> GpuConfig:
-    """Return the config that `to_json` wrote: that of the FFT has radices."""
-    return GpuAttentionConfig.from_json(fields) if "radices" in fields else TensorCoreConfig.from_json(fields)
+    """Return the config that `to_json` wrote: that of the FFT has radices, that of tiles in float32 pieces of rows."""
+    if "radices" in fields:
+        return GpuAttentionConfig.from_json(fields)
+    return TileConfig.from_json(fields) if "row_pieces" in fields else TensorCoreConfig.from_json(fields)
 
 
 @functools.cache

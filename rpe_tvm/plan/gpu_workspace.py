@@ -11,8 +11,9 @@ from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
 
-AnyConfig = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig
+AnyConfig = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig | TileConfig
 
 # What every buffer starts at a multiple of: torch's allocator promises twice as much.
 ALIGNMENT = 256
@@ -56,6 +57,13 @@ def _buffers(
             ("phi_q", phi(config, batch, heads, n_query, config.tile_q), config.dtype, 2),
             ("phi_k", phi(config, batch, heads, n_key, config.tile_k), config.dtype, 2),
             ("table", gpu_direct.table_shape(config, heads, n_query, n_key), "float32", 4),
+        ]
+    if isinstance(config, TileConfig):
+        of_phi = gpu_buffers.features(config, batch, heads)
+        return [
+            ("phi_q", of_phi, "float32", 4),
+            ("phi_k", of_phi, "float32", 4),
+            ("table", config.table_shape(heads, n_query, n_key), "float32", 4),
         ]
     if isinstance(config, TensorCoreBackwardConfig):
         rows_q, rows_k, features = n_query, n_key, config.padded_features

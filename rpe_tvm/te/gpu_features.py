@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 from tvm import te, tirx
 
-from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te.complex import Expr
 from rpe_tvm.te.shapes import Sizes
@@ -15,7 +14,23 @@ FeatureMap = Literal["prf", "nprf"]
 FEATURE_MAPS: tuple[FeatureMap, ...] = ("prf", "nprf")
 
 
-def features(config: GpuAttentionConfig, sizes: Sizes, feature_map: FeatureMap) -> list[te.Tensor]:
+class FeatureSizes(Protocol):
+    """What a config says of its features: m, d, the positions P of phi, and the dtype of query and key."""
+
+    @property
+    def num_features(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+def features(config: FeatureSizes, sizes: Sizes, feature_map: FeatureMap) -> list[te.Tensor]:
     """Return the arguments of a feature map of queries and keys, the outputs last.
 
     PRF: phi(x) = exp(W x' - |x'|^2 / 2) / sqrt(m) with x' = x / d^(1/4). NPRF: the same with x' = x / |x|, where
@@ -39,7 +54,7 @@ def features(config: GpuAttentionConfig, sizes: Sizes, feature_map: FeatureMap) 
 
 
 def _features(
-    config: GpuAttentionConfig,
+    config: FeatureSizes,
     sizes: Sizes,
     feature_map: FeatureMap,
     x: te.Tensor,

@@ -16,6 +16,8 @@ from tvm.tirx.op import buffer_data
 from rpe_tvm.plan import gpu
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig, round_up
+from rpe_tvm.plan.gpu_tiles import TileConfig
+from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.plan.gpu_workspace import Place, places
 from rpe_tvm.te.cuda_function import argument, function, named
 
@@ -25,12 +27,12 @@ SYMBOL = "__tvm_ffi_"
 FLOAT_BYTES = 4
 
 
-def forward(config: GpuAttentionConfig | TensorCoreConfig, feature_map: str) -> tvm.tirx.PrimFunc:
+def forward(config: GpuConfig, feature_map: str) -> tvm.tirx.PrimFunc:
     """Return the function `forward_<map>(query, key, value, rpe_bias, projection, tables, causal, workspace, out)`.
 
     Arguments of the function: query and out `[B, H, n_q, d]`, key and value `[B, H, n_k, d]`, in the config's dtype and
     with strides as the functions that are called take them; rpe_bias `[H, n_q + n_k - 1]` and projection `[m, d]`
-    float32; tables as in `plan.gpu`, on tensor cores left out; causal 0 or 1; workspace bytes, as many as
+    float32; tables as in `plan.gpu`, by tiles left out; causal 0 or 1; workspace bytes, as many as
     `plan.gpu_workspace` says.
     """
     with function(f"forward_{feature_map}") as built:
@@ -46,7 +48,9 @@ def forward(config: GpuAttentionConfig | TensorCoreConfig, feature_map: str) -> 
         query, key, value = rows("query", n_q), rows("key", n_k), rows("value", n_k)
         bias = compact("rpe_bias", heads, n_q + n_k - 1)
         projection = compact("projection", T.int64(config.num_features), d)
-        tables = None if isinstance(config, TensorCoreConfig) else compact("tables", T.int64(gpu.layout(config).size))
+        tables = None
+        if isinstance(config, GpuAttentionConfig):
+            tables = compact("tables", T.int64(gpu.layout(config).size))
         causal = T.arg("causal", T.int64())
         workspace = argument("workspace", (size,), "uint8")
         out = rows("out", n_q)
@@ -54,7 +58,7 @@ def forward(config: GpuAttentionConfig | TensorCoreConfig, feature_map: str) -> 
         found, _ = places(config, batch, heads, n_q, n_k)
         buffer = {name: piece(workspace, place, place.shape) for name, place in found.items()}
         call(f"features_{feature_map}", query, key, projection, buffer["phi_q"], buffer["phi_k"])
-        if isinstance(config, TensorCoreConfig):
+        if isinstance(config, TensorCoreConfig | TileConfig):
             origin = round_up(n_q, config.tile_q)
             call("weights", bias, n_q, n_k, causal, origin, buffer["table"])
             call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, out)

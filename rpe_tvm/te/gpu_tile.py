@@ -124,10 +124,10 @@ def sum_of_products(sums: Buffer, left: Operand, right: Operand, terms: int) -> 
     if turns:
         outer_products(sums, left, right, UNROLLED, turns)
     if rest:
-        last = [
+        last_left, last_right = (
             replace(each, address=each.address + T.uint32(turns * UNROLLED * each.term_bytes)) for each in (left, right)
-        ]
-        outer_products(sums, *last, rest)
+        )
+        outer_products(sums, last_left, last_right, rest)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from rpe_tvm.plan import gpu, gpu_buffers, gpu_direct, gpu_workspace
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import GpuInstance
 
@@ -54,6 +55,10 @@ def attention(
             else:
                 functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
             return
+        if isinstance(config, TileConfig):
+            workspace = _workspace(config, query, key)
+            functions[f"forward_{feature_map}"](query, key, value, rpe_bias, projection, int(is_causal), workspace, out)
+            return
         config = _fft_config(instance)
         if f"forward_{feature_map}" in functions:
             forward, tables = functions[f"forward_{feature_map}"], constant_tables(config, query.device)
@@ -81,6 +86,9 @@ def attention_on_features(
     """
     with current_gpu(phi_q):
         packed = [_pack(instance, phi) for phi in (phi_q, phi_k)]
+        if isinstance(instance.config, TileConfig):
+            _by_tiles(instance, instance.config, packed, value, rpe_bias, out, is_causal)
+            return
         _on_features(instance, packed[0], packed[1], value, rpe_bias, out, is_causal)
 
 
@@ -135,6 +143,21 @@ def _on_features(
     functions["normalise"](partial, constant_tables(config, value.device), out)
 
 
+def _by_tiles(
+    instance: GpuInstance,
+    config: TileConfig,
+    phi: list[Tensor],
+    value: Tensor,
+    rpe_bias: Tensor,
+    out: Tensor,
+    is_causal: bool,
+) -> None:
+    heads, n_q, n_k, causal = out.shape[1], out.shape[2], value.shape[2], int(is_causal)
+    table = value.new_empty(config.table_shape(heads, n_q, n_k))
+    instance.functions["weights"](rpe_bias, n_q, n_k, causal, gpu_direct.round_up(n_q, config.tile_q), table)
+    instance.functions["attention"](*phi, value, table, causal, out)
+
+
 Weights = tuple[Tensor, Tensor, int, int, int]  # rpe_bias, its largest entry of each head, n_q, n_k, whether causal
 
 
@@ -175,7 +198,8 @@ def _by_columns_and_rows(
 
 def _pack(instance: GpuInstance, phi: Tensor) -> Tensor:
     batch, heads, n, _ = phi.shape
-    packed = phi.new_empty(gpu_buffers.features(_fft_config(instance), batch, heads))
+    config = instance.config if isinstance(instance.config, TileConfig) else _fft_config(instance)
+    packed = phi.new_empty(gpu_buffers.features(config, batch, heads))
     packed[..., :n] = phi.mT
     packed[..., n:] = 0.0
     return packed

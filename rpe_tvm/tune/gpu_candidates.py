@@ -9,6 +9,7 @@ from rpe_tvm.plan import gpu, gpu_choice, gpu_direct, rocm
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_direct import Dtype, TensorCoreConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.plan.rocm_limits import is_rocm
 
@@ -43,6 +44,20 @@ TILES: tuple[tuple[int, int, int, int, int, int, bool], ...] = (
     (2, 8, 1, 64, 3, 1, False),
     (4, 4, 1, 64, 3, 0, False),
 )
+# row_pieces, key_pieces, warps_q, warps_k, stages, blocks of `TileConfig`, and the longest that is worth trying.
+FLOAT_TILES: tuple[tuple[int, int, int, int, int, int], ...] = (
+    (2, 1, 1, 4, 2, 1),
+    (2, 1, 2, 2, 2, 2),
+    (2, 1, 2, 4, 2, 1),
+    (2, 1, 4, 1, 3, 2),
+    (2, 1, 4, 2, 2, 1),
+    (2, 1, 8, 1, 2, 1),
+    (2, 2, 2, 2, 2, 1),
+    (1, 1, 2, 2, 2, 2),
+    (1, 1, 2, 4, 2, 1),
+    (1, 1, 4, 2, 2, 1),
+)
+LONGEST_FLOAT_TILES = 2 * gpu_choice.LONGEST_TILES
 # On AMD GPUs: points of a row -> radices worth racing. Those of 16 points have half the threads.
 AMD_ROWS: dict[int, tuple[tuple[int, ...], ...]] = {
     64: ((4, 4, 4), (8, 8)),
@@ -97,6 +112,7 @@ def candidates(size: Size, target_id: str = gpu_choice.MEASURED) -> list[GpuConf
     if is_rocm(target_id):
         found += _on_amd(n, num_features, head_dim)
     elif dtype == "float32":
+        found += _by_tiles(n, num_features, head_dim)
         found += _by_fft(n, num_features, head_dim)
     else:
         found += _on_tensor_cores(dtype, n, num_features, head_dim)  # type: ignore[arg-type]
@@ -115,9 +131,22 @@ def label(config: GpuConfig) -> str:
         tiles = f"{config.row_blocks}x{config.warps_q}x{config.warps_k}-k{config.tile_k}-s{config.stages}"
         sums = "matrix" if config.matrix_sums else "exact"
         return f"direct-{config.dtype}-{sizes}-{tiles}-b{config.blocks}-{sums}"
+    if isinstance(config, TileConfig):
+        pieces = f"{config.row_pieces}x{config.key_pieces}"
+        tiles = f"{pieces}-{config.warps_q}x{config.warps_k}-s{config.stages}-b{config.blocks}"
+        return f"direct-{config.dtype}-{sizes}-n{config.length}-{tiles}"
     radices = ".".join(map(str, config.radices))
     split = f"c{config.columns}" if config.columns > 1 else f"f{config.folds}"
     return f"fft-{config.dtype}-{sizes}-n{config.length}-{split}-{radices}-t{config.threads}-b{config.blocks_per_sm}"
+
+
+def _by_tiles(n: int, num_features: int, head_dim: int) -> Iterator[TileConfig]:
+    length = gpu.gpu_bucket(n)
+    for tile in FLOAT_TILES if length <= LONGEST_FLOAT_TILES else ():
+        try:
+            yield TileConfig(num_features, head_dim, length, *tile)
+        except ValueError:  # a tile longer than the sequence, or too many features or channels
+            continue
 
 
 def _by_fft(n: int, num_features: int, head_dim: int) -> Iterator[GpuAttentionConfig]:

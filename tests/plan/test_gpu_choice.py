@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from rpe_tvm.plan import gpu, gpu_choice, gpu_direct, gpu_wisdom, wisdom
+from rpe_tvm.plan import gpu, gpu_choice, gpu_direct, gpu_tiles, gpu_wisdom, wisdom
 
 
 @pytest.fixture
@@ -45,9 +45,14 @@ def test_by_rule_tensor_cores_take_sixteen_bits(logs, dtype):
             gpu_choice.choose(n, m, d, dtype)
 
 
-def test_by_rule_the_fft_takes_float32(logs):
+def test_by_rule_tiles_take_short_float32_and_the_fft_the_rest(logs):
     assert not gpu_choice.is_direct(1000, 32, 64, "float32")
-    assert gpu_choice.choose(1000, 32, 64) == gpu_choice.rule(1000, 32, 64) == gpu.choose(1000, 32, 64)
+    border = gpu_choice.LONGEST_TILES
+    for n, expected in ((1000, gpu_tiles.choose), (border, gpu_tiles.choose), (border + 1, gpu.choose)):
+        assert gpu_choice.choose(n, 32, 64) == gpu_choice.rule(n, 32, 64) == expected(n, 32, 64)
+    # no tile holds so many features, or so many channels
+    for m, d in ((2000, 64), (32, 1000)):
+        assert gpu_choice.choose(1000, m, d) == gpu.choose(1000, m, d)
     assert gpu_choice.bucket(1100, "float32") == 2048
     with pytest.raises(ValueError, match="positions on a GPU so far"):
         gpu_choice.choose(gpu.LONGEST + 1, 32, 64)
@@ -58,8 +63,15 @@ def test_a_measured_bucket_is_taken_as_it_is(logs):
     logs("cuda-sm_90", ("float32", 1024, odd))
     assert gpu_choice.choose(1000, 32, 64) == gpu_choice.choose(1024, 32, 64) == odd
     for n, m, d in ((512, 32, 64), (1025, 32, 64), (1000, 16, 64), (1000, 32, 128)):
-        assert gpu_choice.choose(n, m, d) == gpu.choose(n, m, d)
-    assert gpu_choice.choose(1000, 32, 64, target_id="cuda-sm_80") == gpu.choose(1000, 32, 64)
+        assert gpu_choice.choose(n, m, d) == gpu_tiles.choose(n, m, d)
+    assert gpu_choice.choose(1000, 32, 64, target_id="cuda-sm_80") == gpu_tiles.choose(1000, 32, 64)
+
+
+def test_what_is_shipped_in_float32_was_measured_against_tiles_or_is_longer():
+    shipped = [each for each in gpu_wisdom.records("cuda-sm_90") if each.dtype == "float32"]
+    assert shipped
+    for each in shipped:
+        assert each.length > gpu_choice.LONGEST_TILES or isinstance(each.config, gpu_tiles.TileConfig)
 
 
 def test_tiles_are_those_of_the_nearest_measured_length(logs):

@@ -6,13 +6,14 @@ import math
 
 import pytest
 
-from rpe_tvm.plan import gpu, gpu_backward, gpu_direct, gpu_workspace
+from rpe_tvm.plan import gpu, gpu_backward, gpu_direct, gpu_tiles, gpu_workspace
 from rpe_tvm.plan.gpu_choice import GpuConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 CONFIGS = [
     gpu.choose(4096, 3, 5),
     gpu_direct.choose(1024, 6, 8, "bfloat16"),
+    gpu_tiles.choose(1000, 3, 5),
     gpu_backward.choose(2000, 3, 5),
     gpu_backward.choose(20_000, 3, 5),
 ]

@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpe_tvm import build, reference
 from rpe_tvm.errors import ArtefactError, CompilerNotFoundError, DTypeError, GpuGradientError
-from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers, gpu_choice, gpu_toeplitz
+from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers, gpu_choice, gpu_direct, gpu_toeplitz, gpu_wisdom
 from rpe_tvm.plan.gpu import GpuAttentionConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
+from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.runtime.gpu import Gpu
 from rpe_tvm.runtime.gpu_operator import function_names
@@ -41,6 +43,7 @@ import calls_on_cpu
 B, H, D, M, P = 2, 3, 7, 4, 64
 SHORT = GpuAttentionConfig(M, D, P, (8, 8), 32)
 LONG = GpuAttentionConfig(M, D, P, (4, 4), 32, columns=4)
+TILES = TileConfig(M, D, P, 1, 1, 2, 2)
 MAPS = {"prf": reference.prf, "nprf": reference.nprf}
 
 
@@ -50,7 +53,9 @@ class StandIn:
     In the place of spectra are n_q and the weights themselves; sums of parity 1 are 0.
     """
 
-    def __init__(self, config: GpuAttentionConfig) -> None:
+    last = "normalise"  # what writes the output, which may have any strides
+
+    def __init__(self, config: GpuConfig) -> None:
         self.config = config
         self.calls: list[str] = []
         functions = {name: self._logged(name) for name in function_names(config) if not name.startswith("forward")}
@@ -71,7 +76,8 @@ class StandIn:
 
         def call(*arguments: Any) -> None:
             self.calls.append(name)
-            assert all(x.is_contiguous() for x in arguments[-1:] if name != "normalise" and isinstance(x, torch.Tensor))
+            is_out = name == self.last
+            assert all(x.is_contiguous() for x in arguments[-1:] if not is_out and isinstance(x, torch.Tensor))
             function(*arguments, *([name.removeprefix("features_")] if name.startswith("features") else []))
 
         return call
@@ -165,16 +171,40 @@ class StandIn:
         out.copy_(halves[..., :D] / halves[..., D : D + 1])
 
 
+class TileStandIn(StandIn):
+    """The same for tiles."""
+
+    last = "attention"
+
+    def weights(self, bias: Any, n_q: int, n_k: int, causal: int, origin: int, table: Any) -> None:
+        assert bias.shape == (H, n_q + n_k - 1) and bias.is_contiguous()
+        assert origin == gpu_direct.round_up(n_q, 32) and table.shape == (H, origin + gpu_direct.round_up(n_k, 64))
+        table.zero_()
+        weights = torch.exp(bias - bias[:, : n_q if causal else None].amax(1, keepdim=True))
+        if causal:
+            weights[:, n_q:] = 0
+        table[:, origin - n_q + 1 : origin + n_k] = weights
+
+    def attention(self, phi_q: Any, phi_k: Any, value: Any, table: Any, causal: int, out: Any) -> None:
+        n_q, n_k = out.shape[2], value.shape[2]
+        assert phi_q.is_contiguous() and phi_k.is_contiguous() and value.stride(3) == out.stride(3) == 1
+        offset = torch.arange(n_k) - torch.arange(n_q)[:, None]
+        scores = phi_q.mT[:, :, :n_q] @ phi_k[..., :n_k] * table[:, offset + gpu_direct.round_up(n_q, 32)]
+        assert not causal or bool((scores[..., offset > 0] == 0).all())
+        out.copy_(scores @ value / scores.sum(-1, keepdim=True))
+
+
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[GpuAttentionConfig, StandIn]:
-    found = {config: StandIn(config) for config in (SHORT, LONG)}
-    found[SHORT].add_forward(tmp_path_factory.mktemp("forward"))
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[GpuConfig, StandIn]:
+    found: dict[GpuConfig, StandIn] = {SHORT: StandIn(SHORT), LONG: StandIn(LONG), TILES: TileStandIn(TILES)}
+    for config in (SHORT, TILES):
+        found[config].add_forward(tmp_path_factory.mktemp("forward"))
     return found
 
 
-@pytest.fixture(params=[SHORT, LONG], ids=["short", "long"])
+@pytest.fixture(params=[SHORT, LONG, TILES], ids=["short", "long", "tiles"])
 def stand_in(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stand_ins: dict[GpuAttentionConfig, StandIn]
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stand_ins: dict[GpuConfig, StandIn]
 ) -> Iterator[StandIn]:
     made = stand_ins[request.param]
     made.calls.clear()
@@ -196,6 +226,8 @@ def _inputs(n_q: int, n_k: int) -> list[torch.Tensor]:
 
 
 def _calls(stand_in: StandIn) -> list[str]:
+    if stand_in.config is TILES:
+        return ["weights", "attention"]
     if stand_in.config is SHORT:
         return ["largest", "spectrum", "attention", "normalise"]
     turns = B * H * 2  # four pairs of channels, two at once
@@ -366,7 +398,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def load_gpu(path: Path, index: int) -> Any:
         made.loaded.append((path.name, index))
         (manifest,) = path.rglob("manifest.json")
-        return GpuInstance(GpuAttentionConfig.from_json(json.loads(manifest.read_text())["config"]), {})
+        return GpuInstance(gpu_wisdom.config_from_json(json.loads(manifest.read_text())["config"]), {})
 
     h100, a100 = Gpu("H100", "sm_90", 1), Gpu("A100", "sm_80", 1)
     monkeypatch.setattr(dispatch, "gpus", lambda: (h100, h100, a100))

@@ -23,6 +23,7 @@ from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_backward_choice import AnyBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
 from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import tvm_runtime
@@ -185,13 +186,14 @@ def test_arguments_of_toeplitz_products_fit(
     [
         (GpuAttentionConfig(3, 4, 64, (8, 8), 32), 6),
         (GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8), None),
+        (TileConfig(3, 5, 64, 1, 1, 2, 2), 4),
         (TensorCoreConfig(6, 8, 64, "bfloat16"), 3),
         (TensorCoreConfig(6, 16, 64, "bfloat16"), 1),
         (GpuBackwardConfig(3, 5, 64, (8, 8), 8), 14),
         (GpuBackwardConfig(2, 3, 512, (8, 8), 8, columns=8), None),
         (TensorCoreBackwardConfig(6, 8, 64, "bfloat16", 1, 1, 2, 64), 5),
     ],
-    ids=["short", "long", "tensor cores", "fused", "gradients", "long gradients", "gradients on tensor cores"],
+    ids=["short", "long", "tiles", "tensor cores", "fused", "gradients", "long gradients", "gradients on tensor cores"],
 )
 def test_arguments_fit(
     config: GpuConfig | AnyBackwardConfig,

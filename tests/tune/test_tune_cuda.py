@@ -129,14 +129,14 @@ def table(run):
 
 
 def test_the_fastest_right_candidate_is_chosen_from_then_on(run, gpu_machine, capsys):
-    fft, direct = candidates(SMALL), candidates(HALF)
-    gpu_machine.cost |= {label(fft[1]): 0.5e-3, label(direct[2]): 0.25e-3, label(direct[3]): 0.1e-3}
+    small, direct = candidates(SMALL), candidates(HALF)
+    gpu_machine.cost |= {label(small[1]): 0.5e-3, label(direct[2]): 0.25e-3, label(direct[3]): 0.1e-3}
     gpu_machine.spoil[label(direct[3])] = lambda out: 1.1 * out  # the fastest one, and wrong
     gpu_session.race(run, resume=False)
     half, single = table(run)
     assert (single["dtype"], single["ms"], single["default_ms"]) == ("float32", 0.5, 1.0)
     assert (half["dtype"], half["length"], half["ms"]) == ("bfloat16", 80, 0.25)
-    assert single["rule"] == label(fft[0]) and single["trials"] == len(fft)
+    assert single["rule"] == label(small[0]) and single["trials"] == len(small)
     assert [each["name"] for each in half["refused"]] == [label(direct[3])]
     assert "wrong result: relative error 1.0e-01" in half["refused"][0]["reason"]
     assert "0.25" in capsys.readouterr().out
@@ -146,10 +146,10 @@ def test_the_fastest_right_candidate_is_chosen_from_then_on(run, gpu_machine, ca
         "wisdom.json"
     ]
 
-    assert gpu_choice.choose(60, 4, 8) == fft[1] != gpu.choose(60, 4, 8)
+    assert gpu_choice.choose(60, 4, 8) == small[1] != gpu_choice.rule(60, 4, 8)
     assert gpu_choice.choose(80, 4, 8, "bfloat16") == direct[2]
     assert gpu_choice.choose(70, 4, 8, "bfloat16") == direct[2]
-    assert gpu_choice.choose(60, 4, 8, target_id="cuda-sm_80") == gpu.choose(60, 4, 8)
+    assert gpu_choice.choose(60, 4, 8, target_id="cuda-sm_80") == gpu_choice.rule(60, 4, 8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 from rpe_tvm.plan.config import fields_from_json, fields_to_json
 from rpe_tvm.plan.gpu import gpu_bucket
 from rpe_tvm.plan.gpu_direct import MAX_SHARED_BYTES, WARP, round_up
+from rpe_tvm.plan.gpu_tiles import AMPERE_SHARED_BYTES, MOST_REGISTERS
 
 FOUR = 4  # what a thread loads at once
 WALKED, KEPT = 8, 4  # rows of a tile, and kept ones, whose pairs one thread makes
 ROWS, COLUMNS = 8, 4  # kept rows and columns that one thread sums up
 PAIR_PADDING = 16  # floats behind four rows of pairs
-AMPERE = 163 * 1024  # what one block may use on sm_80
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,11 @@ class TileBackwardConfig:
             )
         if self.threads > 1024:
             raise ValueError(f"Invalid tile: expected rows * tile <= 32768, got {self.rows} x {self.tile}.")
-        if self.registers * self.threads * self.blocks > 65536:
+        most = min(MOST_REGISTERS, 65536 // (self.threads * self.blocks))
+        if self.registers > most:
             raise ValueError(
-                f"Too many registers: expected at most {65536 // (self.threads * self.blocks)} for a thread, its sums "
-                f"need about {self.registers}; take fewer blocks or rows."
+                f"Too many registers: expected at most {most} for sums and pairs of a thread, got {self.registers}; "
+                "take fewer blocks or rows."
             )
         if self.shared_bytes > MAX_SHARED_BYTES:
             raise ValueError(
@@ -143,8 +144,9 @@ class TileBackwardConfig:
 
     @property
     def registers(self) -> int:
-        """Registers of a thread, about: sums, a set of pairs, and what the products are made of."""
-        return self.share(self.features).sums + self.share(self.channels).sums + WALKED * KEPT + 32
+        """Registers of a thread's sums, and of its pairs or of what it multiplies."""
+        shares = [self.share(columns) for columns in (self.features, self.channels)]
+        return sum(share.sums for share in shares) + max(WALKED * KEPT + 12, ROWS + max(s.sums for s in shares) // 2)
 
     @property
     def kept_floats(self) -> tuple[int, int]:
@@ -155,10 +157,11 @@ class TileBackwardConfig:
     def stage_places(self) -> tuple[int, int, int, int]:
         """Where in a stage channels, the weights of all its offsets and the rows' two terms begin, and where it ends.
 
-        In floats; features begin it. Only the kernel that keeps keys has the terms.
+        In floats; features begin it. Only the kernel that keeps keys has the terms, and sums along diagonals where the
+        channels were.
         """
         channels = in_fours(self.features, self.tile)
-        weights = channels + in_fours(self.tile, self.channels)
+        weights = channels + max(in_fours(self.tile, self.channels), 16 * self.diagonal_stride)
         terms = weights + self.rows + self.tile
         return channels, weights, terms, terms + 2 * self.tile
 
@@ -174,19 +177,15 @@ class TileBackwardConfig:
 
     @property
     def diagonal_stride(self) -> int:
-        """Distance of two numbers of a thread among the sums along diagonals: 8 more, so that readers meet no bank."""
+        """Distance of two of a thread's 16 sums along diagonals: 8 more, so that readers meet no bank twice."""
         return self.threads + 8
 
     @property
-    def diagonal_floats(self) -> int:
-        """Shared memory of the sums along diagonals: 16 of each thread, and those that two tiles share, twice."""
-        return 16 * self.diagonal_stride + 2 * self.rows
-
-    @property
     def places(self) -> tuple[int, int, int, int, int]:
-        """Where behind the stages kept features, kept channels, pairs, terms of kept rows and diagonals begin.
+        """Where behind the stages kept features, kept channels, pairs and the terms of kept rows begin, and the end.
 
-        In bytes. Where the stages are, sums of groups of warps are added at the end.
+        In bytes. Where the stages are, sums of groups of warps are added at the end. In the place of the terms of
+        queries the kernel that keeps keys has the sums along diagonals that two tiles share, of two tiles in turns.
         """
         partial = max(self.share(columns).partial_floats for columns in (self.features, self.channels))
         features = max(self.stages * self.stage_bytes, 4 * partial, 4 * self.kept_floats[1])
@@ -196,14 +195,14 @@ class TileBackwardConfig:
         return features, channels, pairs, terms, terms + 8 * self.rows
 
     @property
-    def query_shared_bytes(self) -> int:
-        """Dynamic shared memory of a block that keeps queries."""
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
         return self.places[-1]
 
     @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block that keeps keys."""
-        return self.places[-1] + 4 * self.diagonal_floats
+    def diagonals(self) -> tuple[int, int]:
+        """Shape of a head's sums along diagonals, of all blocks: offset t is at P + t - (first key of the block)."""
+        return self.length // self.rows, self.length + self.rows
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -223,16 +222,10 @@ def in_fours(rows: int, width: int, padding: int = FOUR) -> int:
     return rows * width + rows // FOUR * padding
 
 
-def diagonals_shape(config: TileBackwardConfig, batch: int, heads: int, n_key: int) -> tuple[int, int, int, int]:
-    """Return the shape of the sums along diagonals of each block of keys.
+def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = AMPERE_SHARED_BYTES) -> TileBackwardConfig:
+    """Return the default config for up to `n` positions, on GPUs whose blocks may have `shared_bytes` of shared memory.
 
-    Offset t is at index P + t - (first key of the block).
-    """
-    return batch, heads, -(-n_key // config.rows), config.length + config.rows
-
-
-def choose(n: int, num_features: int, head_dim: int) -> TileBackwardConfig:
-    """Return the default config for up to `n` positions.
+    What sm_80 has is enough for all newer ones of its kind, so no more than that is taken.
 
     Raises
     ------
@@ -242,12 +235,12 @@ def choose(n: int, num_features: int, head_dim: int) -> TileBackwardConfig:
     length = gpu_bucket(n)
     # few rows: larger blocks, so that there are warps for all multiprocessors
     large = (64, 128, 1) if 128 <= length <= 1024 else (64, 64, 2)
-    for rows, tile, blocks in (large, (64, 64, 1), (64, 32, 1), (32, 32, 1)):
+    for rows, tile, blocks in (large, (64, 64, 1), (32, 64, 1), (64, 32, 1), (32, 32, 1)):
         try:
             config = TileBackwardConfig(num_features, head_dim, length, rows, tile, blocks)
         except ValueError:
             continue
-        if config.shared_bytes <= AMPERE:
+        if config.shared_bytes <= min(shared_bytes, AMPERE_SHARED_BYTES):
             return config
     raise ValueError(
         f"Too large for tiles: expected sums of 32 keys that fit into registers, got head_dim {head_dim} and "

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 from tvm.script import tirx as T
 
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, WARP
 from rpe_tvm.plan.gpu_tiles_backward import FOUR, TileBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import let
+from rpe_tvm.te.cuda_function import let, only_if
 from rpe_tvm.te.cuda_tile import share
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 
@@ -46,10 +44,8 @@ def copy_channels(
             ignore = row + turn * warps >= left
             if column + WARP > config.head_dim:
                 ignore = T.Or(ignore, lane >= config.head_dim - column)
-            exists = lane < config.channels - column
-            with T.If(exists) if column + WARP > config.channels else nullcontext():
-                with T.Then() if column + WARP > config.channels else nullcontext():
-                    warp.copy_float_async(from_row + warp.uint32(offset), pointer, ignore)
+            with only_if(lane < config.channels - column if column + WARP > config.channels else None):
+                warp.copy_float_async(from_row + warp.uint32(offset), pointer, ignore)
 
 
 def copy_floats(config: TileBackwardConfig, thread: Expr, x: Buffer, count: int, target: Expr, *at: Expr) -> None:

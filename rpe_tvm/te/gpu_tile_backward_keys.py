@@ -35,8 +35,8 @@ def key_gradients(config: TileBackwardConfig) -> tvm.tirx.PrimFunc:
     grad_phi_k, grad_value)` for CUDA.
 
     Arguments of the function: as of `te.gpu_tile_backward_queries`; grad_value `[B, H, n_k, d]` like value; grad_phi_k
-    `[B, H, m, 1, P]`: written in the blocks that hold keys; diagonals `[B, H, blocks, P + rows]` float32: the sums of
-    a block of keys over its first key's offsets, written where its keys meet queries.
+    `[B, H, m, 1, P]`: written in the blocks that hold keys; diagonals `[B, H, P / rows, P + rows]` float32: the sums of
+    a block of keys over offsets from its first key, written where its keys meet queries.
     """
     with function("grad_keys") as built:
         _build(config)
@@ -57,12 +57,10 @@ class _Arguments:
     grad_value: Buffer
     n_query: Expr
     n_key: Expr
-    blocks: Expr
 
 
 def _arguments(config: TileBackwardConfig) -> tuple[_Arguments, Expr, Expr]:
-    names = ("batch", "heads", "n_query", "n_key", "blocks")
-    batch, heads, n_query, n_key, blocks = (named(name, T.int64()) for name in names)
+    batch, heads, n_query, n_key = (named(name, T.int64()) for name in ("batch", "heads", "n_query", "n_key"))
     m, d, length = (T.int64(size) for size in (config.num_features, config.head_dim, config.length))
 
     def rows(name: str, n: Expr) -> Buffer:
@@ -73,16 +71,16 @@ def _arguments(config: TileBackwardConfig) -> tuple[_Arguments, Expr, Expr]:
     table = argument("table", (heads, 2 * length), "float32")
     causal = T.arg("causal", T.int64())
     terms = argument("terms", (T.int64(2), batch, heads, length), "float32")
-    diagonals = argument("diagonals", (batch, heads, blocks, length + config.rows), "float32")
+    diagonals = argument("diagonals", (batch, heads, *map(T.int64, config.diagonals)), "float32")
     grad_phi = argument("grad_phi_k", (batch, heads, m, T.int64(1), length), "float32")
     arrays = value, grad_out, phi_q, phi_k, table, causal, terms, diagonals, grad_phi, rows("grad_value", n_key)
-    return _Arguments(*arrays, n_query, n_key, blocks), batch, heads
+    return _Arguments(*arrays, n_query, n_key), batch, heads
 
 
 def _build(config: TileBackwardConfig) -> None:
     args, batch, heads = _arguments(config)
     with (
-        T.launch_thread("blockIdx.x", args.blocks) as block,
+        T.launch_thread("blockIdx.x", (args.n_key + config.rows - 1) // config.rows) as block,
         T.launch_thread("blockIdx.y", heads) as h,
         T.launch_thread("blockIdx.z", batch) as b,
         T.launch_thread("threadIdx.x", config.threads) as thread,
@@ -92,7 +90,7 @@ def _build(config: TileBackwardConfig) -> None:
         first_k = let("first_k", T.Cast("int64", block) * config.rows)
         shared = T.alloc_buffer((config.shared_bytes,), "uint8", scope="shared.dyn", align=CHUNK_BYTES)
         base = let("base", T.cuda.cvta_generic_to_shared(shared.access_ptr("rw")))
-        features, channels, *_, diagonals_at = config.places
+        features, channels, _, shared_offsets, _ = config.places
         first_tile = let("first_tile", T.Select(args.causal != 0, first_k // config.tile, T.int64(0)))
         last_tile = (args.n_query + config.tile - 1) // config.tile
         tiles = let("tiles", T.Cast("int32", T.max(last_tile - first_tile, T.int64(0))))
@@ -102,7 +100,7 @@ def _build(config: TileBackwardConfig) -> None:
         pairs = Pairs(config, thread, base)
         of_features = Sums("grad_phi_sums", config, config.features, thread, base)
         of_channels = Sums("grad_value_sums", config, config.channels, thread, base)
-        diagonals = Diagonals(config, thread, pairs, base + T.uint32(diagonals_at))
+        diagonals = Diagonals(config, thread, pairs, base + T.uint32(shared_offsets))
         diagonals.clear()
 
         def first_query(tile: Expr) -> Expr:
@@ -114,9 +112,7 @@ def _build(config: TileBackwardConfig) -> None:
             copy_features(config, thread, args.phi_q, config.tile, stage, b, h, first_q)
             copy_channels(config, thread, args.grad_out, config.tile, stage + T.uint32(4 * channels), b, h, first_q)
             offset = first_k - first_q + (config.length - config.tile)
-            copy_floats(
-                config, thread, args.table, config.rows + config.tile, stage + T.uint32(4 * weights), h, offset
-            )
+            copy_floats(config, thread, args.table, config.rows + config.tile, stage + T.uint32(4 * weights), h, offset)
             for which in (0, 1):
                 to = stage + T.uint32(4 * (terms + which * config.tile))
                 copy_floats(config, thread, args.terms, config.tile, to, T.int64(which), b, h, first_q)
@@ -212,7 +208,8 @@ def _add_tile(
     load_terms(inverses, 1)
     load_terms(terms, 0)
     warp.barrier()
-    diagonals.begin()
+    # the tile's channels have been read
+    diagonals.begin(pairs.base + used + T.uint32(4 * config.stage_places[0]))
     pairs.where_they_meet(is_partial, allows, to_pulls)
     pairs.store(numbers)
     diagonals.store()

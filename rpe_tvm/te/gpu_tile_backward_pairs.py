@@ -53,9 +53,7 @@ class Pairs:
         rows = in_fours(FOUR, config.channels)
         self.walked_features = let("walked_features", base + warp.uint32(self.walked * CHUNK_BYTES))
         channels_of_stage = 4 * config.stage_places[0]
-        self.walked_channels = let(
-            "walked_channels", base + warp.uint32(channels_of_stage + self.walked * (4 * rows))
-        )
+        self.walked_channels = let("walked_channels", base + warp.uint32(channels_of_stage + self.walked * (4 * rows)))
         self.kept_features = let("kept_features", base + warp.uint32(features + self.kept * CHUNK_BYTES))
         self.kept_channels = let("kept_channels", base + warp.uint32(channels + self.kept * (4 * rows)))
         of_four = 4 * in_fours(FOUR, config.rows, PAIR_PADDING)

@@ -86,7 +86,7 @@ def _build(config: TileBackwardConfig) -> None:
     ):
         # with a causal mask the last rows have most to do: they start first
         first_q = let("first_q", (blocks - 1 - block) * config.rows)
-        shared = T.alloc_buffer((config.query_shared_bytes,), "uint8", scope="shared.dyn", align=CHUNK_BYTES)
+        shared = T.alloc_buffer((config.shared_bytes,), "uint8", scope="shared.dyn", align=CHUNK_BYTES)
         base = let("base", T.cuda.cvta_generic_to_shared(shared.access_ptr("rw")))
         features, channels, pairs_at, terms_at, _ = config.places
         seen = T.Select(args.causal != 0, T.min(args.n_key, first_q + config.rows), args.n_key)

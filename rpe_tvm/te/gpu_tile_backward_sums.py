@@ -1,16 +1,15 @@
-"""Sums over a tile's rows, of the gradients by tiles in float32: 8 kept rows x 4 columns, some of these, of a thread."""
+"""Sums over a tile's rows, of the gradients by tiles in float32: a thread has 8 kept rows x 4 columns, once or more."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 from tvm.script import tirx as T
 
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, WARP
 from rpe_tvm.plan.gpu_tiles_backward import COLUMNS, FOUR, PAIR_PADDING, ROWS, TileBackwardConfig, in_fours
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import let, named
+from rpe_tvm.te.cuda_function import let, named, only_if
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 from rpe_tvm.te.gpu_tile_backward_pairs import Allows, spread
 
@@ -118,9 +117,8 @@ class Sums:
                         new = old + x[i] * y[j * rows_at_once + row % rows_at_once]
                         T.buffer_store(self.registers, new if meet is None else T.Select(meet, new, old), [at])
 
-        with T.If(self.group < self.share.groups) if not self.is_all else nullcontext():
-            with T.Then() if not self.is_all else nullcontext(), T.serial(self.walked // FOUR) as four:
-                add_four(four)
+        with only_if(None if self.is_all else self.group < self.share.groups), T.serial(self.walked // FOUR) as four:
+            add_four(four)
 
     def kept_row(self, i: Expr) -> Expr:
         """Return the i-th of the thread's kept rows."""
@@ -141,17 +139,16 @@ class Sums:
                 warp.store_float(mine + warp.uint32(register * stride), 0, self.registers[register])
         warp.barrier()
         part = named("part", warp.registers(1, "float32"))
-        with T.If(self.group == 0), T.Then():
-            with T.unroll(share.sums) as register, T.unroll(share.groups - 1) as other:
-                warp.load_float(part, 0, place + warp.uint32(register * stride + other * (4 * threads)), 0)
-                T.buffer_store(self.registers, self.registers[register] + part[0], [register])
+        with only_if(self.group == 0), T.unroll(share.sums) as register, T.unroll(share.groups - 1) as other:
+            warp.load_float(part, 0, place + warp.uint32(register * stride + other * (4 * threads)), 0)
+            T.buffer_store(self.registers, self.registers[register] + part[0], [register])
         warp.barrier()
 
     def write(self, store: Callable[[Expr, Expr, Expr, Expr], None]) -> None:
         """Call `store(i, row, column, sum)` for all sums: the i-th row of the thread."""
         panels = len(self.column)
         for panel in range(panels):
-            with T.If(T.And(self.group == 0, self.is_column[panel])), T.Then():
-                with T.unroll(ROWS) as i, T.unroll(COLUMNS) as j:
-                    at = (i * panels + panel) * COLUMNS + j
-                    store(i, self.kept_row(i), self.column[panel] * COLUMNS + j, self.registers[at])
+            mine = T.And(self.group == 0, self.is_column[panel])
+            with only_if(mine), T.unroll(ROWS) as i, T.unroll(COLUMNS) as j:
+                at = (i * panels + panel) * COLUMNS + j
+                store(i, self.kept_row(i), self.column[panel] * COLUMNS + j, self.registers[at])

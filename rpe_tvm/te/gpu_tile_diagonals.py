@@ -1,8 +1,8 @@
 """Sums along the diagonals of a tile, of the gradients by tiles in float32, and the gradient of the bias from them.
 
-A thread adds what lies on the same diagonal of its 4 x 4 pairs in registers, 7 sums for each half of its rows. They meet
-in shared memory, where a thread for each offset of the tile adds them up in a fixed order. The next tile of queries lies
-`tile` offsets further down: what both share is handed on, the rest is complete and written once.
+A thread adds what lies on the same diagonal of its 4 x 4 pairs in registers, 7 sums for each half of its rows. They
+meet in shared memory, where a thread for each offset of the tile adds them up in a fixed order. The next tile of
+queries lies `tile` offsets further down: what both share is handed on, the rest is complete and written once.
 """
 
 from __future__ import annotations
@@ -25,30 +25,28 @@ class Diagonals:
 
     Parameters
     ----------
-    start
-        Where they begin in shared memory.
+    shared
+        Where in shared memory those begin that two tiles share.
     """
 
-    def __init__(self, config: TileBackwardConfig, thread: Expr, pairs: Pairs, start: Expr) -> None:
-        self.config, self.thread, self.start = config, thread, start
+    def __init__(self, config: TileBackwardConfig, thread: Expr, pairs: Pairs, shared: Expr) -> None:
+        self.config, self.thread, self.shared = config, thread, shared
         self.width = config.rows // KEPT  # threads along the kept rows
-        of_thread = pairs.walked * self.width + pairs.kept
-        self.mine = let("diagonals", start + warp.uint32(4 * of_thread))
-        self.shared = let("shared_offsets", start + T.uint32(4 * 16 * config.diagonal_stride))
+        self.of_thread = let("of_thread", warp.uint32(4 * (pairs.walked * self.width + pairs.kept)))
+        self.start: Expr = None
         self.sums = named("diagonal_sums", warp.registers(2 * OFFSETS, "float32"))
 
     def clear(self) -> None:
-        """Set to 0 what a first tile reads and no thread writes."""
+        """Set to 0 what the first tile reads and none has written."""
         config = self.config
-        for half in (0, 1):
-            warp.store_float(self.mine, 4 * (half * 8 + OFFSETS) * config.diagonal_stride, T.float32(0))
         for first in range(0, 2 * config.rows, config.threads):
             place = self.thread + first
             with T.If(place < 2 * config.rows), T.Then():
                 warp.store_float(self.shared + warp.uint32(4 * place), 0, T.float32(0))
 
-    def begin(self) -> None:
-        """Begin a tile."""
+    def begin(self, start: Expr) -> None:
+        """Begin a tile whose sums have their place at `start`."""
+        self.start = let("diagonals", start)
         warp.zero(self.sums, 2 * OFFSETS)
 
     def add(self, i: Expr, j: Expr, value: Expr) -> None:
@@ -58,10 +56,11 @@ class Diagonals:
 
     def store(self) -> None:
         """Write the thread's sums."""
+        mine = let("mine", self.start + self.of_thread)
         for half in (0, 1):
-            for offset in range(OFFSETS):
+            for offset in range(8):
                 to = 4 * (half * 8 + offset) * self.config.diagonal_stride
-                warp.store_float(self.mine, to, self.sums[half * OFFSETS + offset])
+                warp.store_float(mine, to, self.sums[half * OFFSETS + offset] if offset < OFFSETS else T.float32(0))
 
     def add_up(self, array: Buffer, tile: Expr, first: Expr, *at: Expr) -> None:
         """Add up what all threads have of a tile, behind a barrier.
@@ -112,14 +111,13 @@ class Diagonals:
 def bias_gradient(config: TileBackwardConfig) -> tvm.tirx.PrimFunc:
     """Return the scheduled function `grad_bias(diagonals, n_query, n_key, causal, grad_rpe_bias)` for CUDA.
 
-    Arguments of the function: diagonals `[B, H, blocks, P + rows]` float32, see
-    `plan.gpu_tiles_backward.diagonals_shape`; n_query, n_key; causal 0 or 1; grad_rpe_bias `[H, n_q + n_k - 1]`
-    float32, 0 for t > 0 where causal. A sum over blocks in a fixed order.
+    Arguments of the function: diagonals `[B, H, P / rows, P + rows]` float32, see `TileBackwardConfig.diagonals`;
+    n_query, n_key; causal 0 or 1; grad_rpe_bias `[H, n_q + n_k - 1]` float32, 0 for t > 0 where causal. A sum over
+    blocks in a fixed order.
     """
     with function("grad_bias") as built:
-        batch, heads, blocks, offsets = (named(name, T.int64()) for name in ("batch", "heads", "blocks", "offsets"))
-        width = T.int64(config.length + config.rows)
-        diagonals = argument("diagonals", (batch, heads, blocks, width), "float32")
+        batch, heads, offsets = (named(name, T.int64()) for name in ("batch", "heads", "offsets"))
+        diagonals = argument("diagonals", (batch, heads, *map(T.int64, config.diagonals)), "float32")
         n_query, n_key, causal = (T.arg(name, T.int64()) for name in ("n_query", "n_key", "causal"))
         grad_bias = argument("grad_rpe_bias", (heads, offsets), "float32", align=4)
         with (
@@ -136,6 +134,7 @@ def bias_gradient(config: TileBackwardConfig) -> tvm.tirx.PrimFunc:
                 # blocks that have pairs so far apart: from the first that ends behind offset t to query 0, on to the
                 # last that begins before offset t to the last query
                 begin = let("begin", T.max(t, T.int64(0)) // config.rows)
+                blocks = (n_key + config.rows - 1) // config.rows
                 end = let("end", T.min(blocks, (walked + t + config.rows - 1) // config.rows))
                 seen = T.Or(causal == 0, t <= 0)
                 with T.If(seen), T.Then(), T.serial(batch) as b, T.serial(T.max(end - begin, T.int64(0))) as each:

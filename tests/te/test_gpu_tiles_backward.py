@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tvm
-from tvm.s_tir.analysis import calculate_allocated_bytes
-from tvm.target import Target
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cuda_warp_on_cpu import Kernel  # noqa: E402
 
 from rpe_tvm import reference
-from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig, diagonals_shape
+from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig
 from rpe_tvm.te.gpu_tile_backward_keys import key_gradients
 from rpe_tvm.te.gpu_tile_backward_queries import query_gradients
 from rpe_tvm.te.gpu_tile_diagonals import THREADS, bias_gradient
@@ -98,7 +95,7 @@ class Problem:
 
     def run(self, kernels: Kernels, late: bool = True, backwards: bool = False) -> dict[str, np.ndarray]:
         config, length = self.config, self.config.length
-        n_query, n_key, m, d = *(x.shape[2] for x in (self.phi_q, self.phi_k)), config.num_features, config.head_dim
+        n_query, n_key, m = self.phi_q.shape[2], self.phi_k.shape[2], config.num_features
         phi_q, phi_k = (np.zeros((B, H, m, length), np.float32) for _ in range(2))
         phi_q[..., :n_query], phi_k[..., :n_key] = (x.swapaxes(2, 3) for x in (self.phi_q, self.phi_k))
         table = np.zeros((H, 2 * length), np.float32)
@@ -106,18 +103,18 @@ class Problem:
         table[:, length - n_query + 1 :][:, : weights.shape[1]] = weights
         terms = np.full((2, B, H, length), np.nan, np.float32)
         grads = [np.full((B, H, m, 1, length), np.nan, np.float32) for _ in range(2)]
-        diagonals = np.full(diagonals_shape(config, B, H, n_key), np.nan, np.float32)
+        diagonals = np.full((B, H, *config.diagonals), np.nan, np.float32)
         grad_value, memory = _rows(np.full(self.value.shape, SENTINEL), SENTINEL)
         grad_bias = np.full(self.bias.shape, np.nan, np.float32)
         given = dict(value=self.value, grad_out=self.grad_out, out=self.out())
         strided = {name: _rows(x)[0] for name, x in given.items()} | dict(grad_value=grad_value)
-        arguments: dict[str, Any] = dict(batch=B, heads=H, n_query=n_query, n_key=n_key, blocks=diagonals.shape[2])
+        arguments: dict[str, Any] = dict(batch=B, heads=H, n_query=n_query, n_key=n_key)
         arguments |= dict(causal=int(self.causal), offsets=n_query + n_key - 1)
         arguments |= dict(phi_q=phi_q, phi_k=phi_k, table=table, terms=terms, diagonals=diagonals)
         arguments |= dict(grad_phi_q=grads[0], grad_phi_k=grads[1], grad_rpe_bias=grad_bias)
         arguments |= _strides(**strided) | strided
         kernels.queries((-(-n_query // config.rows), H, B), arguments, late, backwards)
-        kernels.keys((diagonals.shape[2], H, B), arguments, late, backwards)
+        kernels.keys((-(-n_key // config.rows), H, B), arguments, late, backwards)
         kernels.bias((-(-grad_bias.shape[1] // THREADS), H, 1), arguments, late, backwards)
         assert (memory[:, n_key:] == SENTINEL).all() and (memory[..., [0, -1]] == SENTINEL).all()
         found = [grad[:, :, :, 0, :n].swapaxes(2, 3) for grad, n in zip(grads, (n_query, n_key), strict=True)]
@@ -137,7 +134,12 @@ def _check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolera
 
 @pytest.mark.parametrize(
     ("n_query", "n_key", "causal", "late", "backwards"),
-    [(70, 133, False, True, False), (200, 70, True, True, True), (37, 135, True, False, True), (1, 1, False, False, False)],
+    [
+        (70, 133, False, True, False),
+        (200, 70, True, True, True),
+        (37, 135, True, False, True),
+        (1, 1, False, False, False),
+    ],
 )
 def test_gradients(kernels: Kernels, n_query: int, n_key: int, causal: bool, late: bool, backwards: bool) -> None:
     problem = Problem(kernels.config, n_query, n_key, causal)

@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES
 from rpe_tvm.plan.gpu_tiles_backward import FOUR, KEPT, ROWS, WALKED, TileBackwardConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, loops_for_nvcc, named
+from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, loops_for_nvcc, named, only_if
 from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 from rpe_tvm.te.gpu_tile_backward_copies import copy_channels, copy_features, copy_floats
@@ -208,7 +208,7 @@ def _finish(
     of_thread = warp.uint32(pairs_at + 4 * (pairs.walked * config.rows + pairs.kept * FOUR))
     warp.store_four(base + of_thread, 0, [denominator[j] for j in range(KEPT)])
     warp.barrier()
-    inverse_at = base + T.uint32(terms_at + 4 * config.rows)
+    denominators_at = base + T.uint32(terms_at + 4 * config.rows)
     with T.If(thread < config.rows), T.Then():
         total, part, term = (named(name, warp.registers(1, "float32")) for name in ("total", "part", "term"))
         T.buffer_store(total, T.float32(0), [0])
@@ -222,20 +222,17 @@ def _finish(
         inverse = let("inverse", T.Select(passes, T.float32(1) / total[0], T.float32(0)))
         T.buffer_store(args.terms, T.Select(passes, term[0], T.float32(0)), [0, b, h, row])
         T.buffer_store(args.terms, inverse, [1, b, h, row])
-        warp.store_float(inverse_at + warp.uint32(4 * thread), 0, inverse)
+        warp.store_float(denominators_at + warp.uint32(4 * thread), 0, T.Select(passes, total[0], T.float32(0)))
     sums.add_groups()
-    inverses = named("inverses", warp.registers(ROWS, "float32"))
+    denominators = named("denominators", warp.registers(ROWS, "float32"))
     for half in (0, 1):
         at = warp.uint32(4 * (sums.kept * FOUR + half * (config.rows // 2)))
-        warp.load_four(inverses, half * FOUR, inverse_at + at, 0)
+        warp.load_four(denominators, half * FOUR, denominators_at + at, 0)
 
     def store(i: Expr, row: Expr, column: Expr, total: Expr) -> None:
         # a row that has no weight passes nothing, whatever its sums are
-        gradient = T.Select(inverses[i] != T.float32(0), total * inverses[i], T.float32(0))
-        if config.features == config.num_features:
+        gradient = T.Select(denominators[i] != T.float32(0), total / denominators[i], T.float32(0))
+        with only_if(column < config.num_features if config.features > config.num_features else None):
             T.buffer_store(args.grad_phi, gradient, [b, h, column, 0, first_q + row])
-        else:
-            with T.If(column < config.num_features), T.Then():
-                T.buffer_store(args.grad_phi, gradient, [b, h, column, 0, first_q + row])
 
     sums.write(store)

@@ -220,6 +220,11 @@ INSTRUCTIONS = (
         "float four[] = {{ {names[1]}, {names[2]}, {names[3]}, {names[4]} }};"
         "memcpy(at_shared({names[0]} + {0}, 16), four, 16)",
     ),
+    (
+        r"st\.global\.v4\.f32 \[%0\]",
+        'if ((uintptr_t){names[0]} % 16) fail("address in global memory not aligned");'
+        "float four[] = {{ {names[1]}, {names[2]}, {names[3]}, {names[4]} }}; memcpy((void*){names[0]}, four, 16)",
+    ),
     (r"red\.global\.add\.f32 ", "*(float*){names[0]} += {names[1]}"),
     (r"st\.shared\.f32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),
     (r"st\.shared\.u32 \[%0\+?(-?\d*)\]", "memcpy(at_shared({names[0]} + {0}, 4), &{names[1]}, 4)"),

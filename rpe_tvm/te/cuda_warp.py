@@ -94,6 +94,11 @@ def store_four(shared: Expr, offset: int, values: Sequence[Expr]) -> None:
     T.evaluate(T.ptx["st.shared.v4.f32"](T.ptx.addr(shared, offset), *values))
 
 
+def store_four_global(pointer: Expr, values: Sequence[Expr]) -> None:
+    """Store four float32 in global memory, at a multiple of 16 bytes."""
+    T.evaluate(T.ptx["st.global.v4.f32"](pointer, *values))
+
+
 def store_float(shared: Expr, offset: int, value: Expr) -> None:
     """Store one float32 in shared memory."""
     T.evaluate(T.ptx["st.shared.f32"](T.ptx.addr(shared, offset), value))

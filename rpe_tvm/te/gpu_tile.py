@@ -173,30 +173,43 @@ def copy_rows(
 ) -> None:
     """Start the copies of `count` rows of x, `[B, H, n, d]`, with zeros for rows past the last.
 
-    They may begin anywhere, so numbers come one by one: a warp copies a row at a time, and a column further on is
-    `column_bytes` away.
+    A column further on is `column_bytes` away. Rows may begin anywhere: where all are whole pieces of four numbers they
+    come in these, else one by one.
     """
-    warps, columns = threads // WARP, int(x.shape[3])
     left = let("left", T.Cast("int32", x.shape[2] - first))
-    lane, of_warp = let("column", thread % WARP), let("row", thread // WARP)
-    to = let("to", target + warp.uint32(of_warp * row_bytes + lane * column_bytes))
 
-    def copy(row: int, column: int) -> None:
-        pointer = x.ptr_to([b, h, first + of_warp + row, lane + column])
-        offset = T.uint32(row * row_bytes + column * column_bytes)
-        warp.copy_float_async(to + offset, pointer, of_warp + row >= left)
+    def copy_numbers() -> None:
+        lane, of_warp = let("column", thread % WARP), let("row", thread // WARP)
+        to = let("to", target + warp.uint32(of_warp * row_bytes + lane * column_bytes))
+        for row in range(0, count, threads // WARP):
+            for column in range(0, int(x.shape[3]), WARP):
+                pointer = x.ptr_to([b, h, first + of_warp + row, lane + column])
+                offset = T.uint32(row * row_bytes + column * column_bytes)
+                with T.If(T.And(of_warp + row < count, lane + column < x.shape[3])), T.Then():
+                    warp.copy_float_async(to + offset, pointer, of_warp + row >= left)
 
-    def copy_row(row: int) -> None:
-        for column in range(0, columns, WARP):
-            if column + WARP <= columns:
-                copy(row, column)
-            else:
-                with T.If(lane + column < columns), T.Then():
-                    copy(row, column)
+    def copy_piece(chunk: Expr) -> None:
+        pieces = int(x.shape[3]) // PIECE
+        row, piece = chunk // pieces, chunk % pieces
+        pointer = x.ptr_to([b, h, first + row, piece * PIECE])
+        warp.copy_async(target + warp.uint32(row * row_bytes + piece * CHUNK_BYTES), pointer, row >= left)
 
-    for row in range(0, count, warps):
-        if row + warps <= count:
-            copy_row(row)
-        else:
-            with T.If(of_warp + row < count), T.Then():
-                copy_row(row)
+    whole = in_pieces(x) if column_bytes == FLOAT_BYTES else None
+    if whole is None:
+        copy_numbers()
+        return
+    with T.If(whole):
+        with T.Then():
+            share(threads, thread, count * (int(x.shape[3]) // PIECE), copy_piece)
+        with T.Else():
+            copy_numbers()
+
+
+def in_pieces(x: Buffer) -> Expr | None:
+    """Return whether all rows of x are whole pieces of four numbers at multiples of 16 bytes; None: they never are."""
+    if int(x.shape[3]) % PIECE:
+        return None
+    whole = T.reinterpret("uint64", x.ptr_to([0, 0, 0, 0])) % T.uint64(CHUNK_BYTES) == T.uint64(0)
+    for stride in x.strides[:3]:
+        whole = T.And(whole, stride % PIECE == 0)
+    return whole

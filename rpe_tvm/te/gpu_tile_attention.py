@@ -29,6 +29,7 @@ from rpe_tvm.te.gpu_tile import (
     copy_features,
     copy_rows,
     copy_strip,
+    in_pieces,
     outer_products,
     row_of,
     rows,
@@ -239,12 +240,34 @@ class _Tile:
 
 def _write(config: TileConfig, args: _Arguments, lane: Lane, sums: _Sums, b: Expr, h: Expr, first_q: Expr) -> None:
     """Write the quotients of the rows that exist."""
+    whole = in_pieces(args.out)
     for at in range(PIECE * config.row_pieces):
         warp.sum_over_lanes(sums.denominator, at, COLUMN_BITS)
         row = let("row", first_q + lane.row + lane.of_rows * PIECE + row_of(at))
         with T.If(row < args.n_query), T.Then():
-            for i in range(sums.channels):
-                channel = lane.of_columns * PIECE + column_of(i)
-                quotient = sums.numerator[at * sums.channels + i] / sums.denominator[at]
-                with T.If(channel < config.head_dim), T.Then():
-                    T.buffer_store(args.out, quotient, [b, h, row, channel])
+            for piece in range(config.channel_pieces):
+                first = at * sums.channels + piece * PIECE
+                for i in range(PIECE):
+                    quotient = sums.numerator[first + i] / sums.denominator[at]
+                    T.buffer_store(sums.numerator, quotient, [first + i])
+                channel = lane.of_columns * PIECE + piece * COLUMNS
+                quotients = [sums.numerator[first + i] for i in range(PIECE)]
+                _write_piece(args.out, whole, quotients, [b, h, row, channel])
+
+
+def _write_piece(out: Buffer, whole: Expr | None, numbers: list[Expr], at: list[Expr]) -> None:
+    """Write four neighbouring numbers of a row, those of them that exist."""
+
+    def one_by_one() -> None:
+        for i, number in enumerate(numbers):
+            with T.If(at[3] + i < out.shape[3]), T.Then():
+                T.buffer_store(out, number, [*at[:3], at[3] + i])
+
+    if whole is None:
+        one_by_one()
+        return
+    with T.If(whole):
+        with T.Then(), T.If(at[3] < out.shape[3]), T.Then():
+            warp.store_four_global(out.ptr_to(at), numbers)
+        with T.Else():
+            one_by_one()

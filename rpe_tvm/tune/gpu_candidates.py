@@ -46,16 +46,16 @@ TILES: tuple[tuple[int, int, int, int, int, int, bool], ...] = (
 )
 # row_pieces, key_pieces, warps_q, warps_k, stages, blocks of `TileConfig`, and the longest that is worth trying.
 FLOAT_TILES: tuple[tuple[int, int, int, int, int, int], ...] = (
+    (1, 1, 2, 2, 2, 3),
+    (1, 1, 2, 4, 2, 1),
+    (1, 2, 4, 1, 2, 2),
+    (1, 2, 4, 2, 2, 1),
     (2, 1, 1, 4, 2, 1),
     (2, 1, 2, 2, 2, 2),
     (2, 1, 2, 4, 2, 1),
     (2, 1, 4, 1, 3, 2),
     (2, 1, 4, 2, 2, 1),
-    (2, 1, 8, 1, 2, 1),
     (2, 2, 2, 2, 2, 1),
-    (1, 1, 2, 2, 2, 2),
-    (1, 1, 2, 4, 2, 1),
-    (1, 1, 4, 2, 2, 1),
 )
 LONGEST_FLOAT_TILES = 2 * gpu_choice.LONGEST_TILES
 # On AMD GPUs: points of a row -> radices worth racing. Those of 16 points have half the threads.

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from rpe_tvm import reference
+from rpe_tvm import build, reference, targets
 from rpe_tvm.errors import DTypeError, ShapeError
-from rpe_tvm.torch import NPRF, PRF, elu_features, gaussian_projection, kernelized_attention
+from rpe_tvm.plan import gpu
+from rpe_tvm.plan.gpu_tiles import TileConfig
+from rpe_tvm.runtime import load_gpu
+from rpe_tvm.runtime.gpu import gpus
+from rpe_tvm.torch import NPRF, PRF, cuda, elu_features, gaussian_projection, kernelized_attention
+from rpe_tvm.tune.gpu_candidates import Size, candidates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,9 +35,9 @@ def _feature_map(kind=NPRF, device="cuda"):
     return kind(gaussian_projection(M, D, seed=0).to(device))
 
 
-def _expected(inputs, feature_map, is_causal=False):
+def _expected(inputs, feature_map, is_causal=False, method="fft"):
     arrays = [x.double().cpu().numpy() for x in (*inputs, feature_map.projection)]
-    return reference.attention(*arrays, feature_map=feature_map.name, is_causal=is_causal, method="fft")[2]
+    return reference.attention(*arrays, feature_map=feature_map.name, is_causal=is_causal, method=method)[2]
 
 
 def _error(out, want, skip=0):
@@ -50,6 +55,32 @@ def test_values(n_q, n_k, is_causal, kind):
     # the first causal rows have few terms and carry the rounding errors of the longest sums, see docs/operators.md
     skip = n_q // 4 if is_causal else 0
     assert _error(out, _expected(inputs, feature_map, is_causal), skip) < (1e-5 if is_causal else 2e-6)
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(63, 64), (1000, 700)])
+def test_the_fft_where_tiles_serve(n_q, n_k):
+    inputs, feature_map = _inputs(n_q, n_k), _feature_map()
+    target = targets.preset(gpus()[0].arch)
+    instance = load_gpu(build.compile_operator(gpu.choose(max(n_q, n_k), M, D), target))
+    out = torch.empty_like(inputs[0])
+    cuda.attention(instance, *inputs, feature_map.projection, out, feature_map="nprf", is_causal=False)
+    assert _error(out, _expected(inputs, feature_map)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "config", [each for each in candidates(Size("float32", 256, M, D)) if isinstance(each, TileConfig)]
+)
+def test_tiles(config):
+    """Every row for itself, also causal: no error is relative to other rows."""
+    (query, key, value, bias), feature_map = _inputs(250, 200), _feature_map(PRF)
+    key *= torch.linspace(4, 0.1, 200, device="cuda")[:, None]  # features of the first keys are far smaller
+    inputs = query, key, value, bias
+    instance = load_gpu(build.compile_operator(config, targets.preset(gpus()[0].arch)))
+    for is_causal in (False, True):
+        out = torch.empty_like(query)
+        cuda.attention(instance, *inputs, feature_map.projection, out, feature_map="prf", is_causal=is_causal)
+        want = _expected(inputs, feature_map, is_causal, "dense")
+        np.testing.assert_allclose(out.double().cpu().numpy(), want, rtol=0, atol=2e-5)
 
 
 def test_columns_and_rows():
@@ -118,6 +149,15 @@ def test_nan_stays_nan():
     value[0, 0, 50, 3] = torch.nan
     out = kernelized_attention(query, key, value, bias, feature_map=_feature_map())
     assert out[0, 0, :, 3].isnan().all() and out[0, 1:].isfinite().all() and out[1].isfinite().all()
+
+
+def test_a_future_key_touches_no_row_before():
+    query, key, value, bias = _inputs(300, 300)
+    value[0, 0, 200, 3], key[1, 1, 70] = torch.nan, torch.inf
+    out = kernelized_attention(query, key, value, bias, feature_map=_feature_map(), is_causal=True)
+    wrong = torch.zeros_like(out, dtype=torch.bool)
+    wrong[0, 0, 200:, 3] = wrong[1, 1, 70:] = True
+    assert torch.equal(~out.isfinite(), wrong)
 
 
 def test_another_stream():

@@ -6,23 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rpe_tvm.errors import BuildError, GpuNotFoundError
+from rpe_tvm.plan.cuda_limits import SHARED_KIB
 
 if TYPE_CHECKING:
     from tvm.target import Target
 
-# Architecture -> KiB of shared memory that one block may have (CUDA C++ Programming Guide, table of technical
-# specifications by compute capability).
-_SHARED_KIB = {
-    "sm_80": 163,
-    "sm_86": 99,
-    "sm_87": 163,
-    "sm_89": 99,
-    "sm_90": 227,
-    "sm_100": 227,
-    "sm_103": 227,
-    "sm_120": 99,
-    "sm_121": 99,
-}
 _MAX_THREADS = 1024  # of a block, on all of them
 
 DEFAULT_ARCH = "sm_90"
@@ -91,13 +79,13 @@ def preset(name: str) -> GpuTargetSpec:
 
 def shared_bytes_of(arch: str) -> int:
     """Shared memory that one block may have on an architecture; `BuildError` if it is not known here."""
-    if arch not in _SHARED_KIB:
+    if arch not in SHARED_KIB:
         raise BuildError(
             f"Unknown GPU architecture {arch!r}: expected 'cuda' (this machine's GPU) or one of "
-            f"{', '.join(_SHARED_KIB)}. Newer GPUs run what is compiled for {DEFAULT_ARCH}; older ones than sm_80 are "
+            f"{', '.join(SHARED_KIB)}. Newer GPUs run what is compiled for {DEFAULT_ARCH}; older ones than sm_80 are "
             "not supported."
         )
-    return _SHARED_KIB[arch] * 1024
+    return SHARED_KIB[arch] * 1024
 
 
 def capability(arch: str) -> int:

@@ -24,7 +24,7 @@ BELOW = {
     "runtime": {"errors", "machine", "plan"},
     "llvm": set(),
     "target_spec": {"machine"},
-    "gpu_targets": {"errors"},
+    "gpu_targets": {"errors", "plan"},
     "arm_targets": {"errors", "llvm", "machine", "target_spec"},
     "rocm_targets": {"errors", "gpu_targets", "plan"},
     "targets": {"errors", "llvm", "machine", "target_spec", "arm_targets", "gpu_targets", "rocm_targets"},

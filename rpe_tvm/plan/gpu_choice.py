@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from rpe_tvm.plan import gpu, gpu_direct, gpu_tiles, gpu_wisdom, rocm
+from rpe_tvm.plan import cuda_limits, gpu, gpu_direct, gpu_tiles, gpu_wisdom, rocm
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.plan.gpu_tiles import TileConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.plan.rocm_limits import is_rocm
 
@@ -37,13 +38,12 @@ def _has_tiles(num_features: int, head_dim: int, dtype: str) -> bool:
     return True
 
 
-@functools.cache
-def _fits_tiles(n: int, num_features: int, head_dim: int) -> bool:
+@functools.lru_cache(maxsize=4096)
+def _tiles(n: int, num_features: int, head_dim: int, target_id: str) -> TileConfig | None:
     try:
-        gpu_tiles.choose(n, num_features, head_dim)
+        return gpu_tiles.choose(n, num_features, head_dim, cuda_limits.shared_bytes(target_id))
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32", target_id: str = MEASURED) -> GpuConfig:
@@ -59,9 +59,8 @@ def rule(n: int, num_features: int, head_dim: int, dtype: str = "float32", targe
         return rocm.choose(n, num_features, head_dim, target_id)
     if dtype != "float32" and n <= LONGEST_DIRECT and _has_tiles(num_features, head_dim, dtype):
         return gpu_direct.choose(n, num_features, head_dim, dtype)  # type: ignore[arg-type]
-    if dtype == "float32" and n <= LONGEST_TILES and _fits_tiles(n, num_features, head_dim):
-        return gpu_tiles.choose(n, num_features, head_dim)
-    return gpu.choose(n, num_features, head_dim)
+    tiles = _tiles(n, num_features, head_dim, target_id) if dtype == "float32" and n <= LONGEST_TILES else None
+    return tiles or gpu.choose(n, num_features, head_dim)
 
 
 def choose(n: int, num_features: int, head_dim: int, dtype: str = "float32", target_id: str = MEASURED) -> GpuConfig:

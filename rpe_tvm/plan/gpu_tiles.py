@@ -5,7 +5,6 @@ Tensor cores multiply 11 bits of a float32 and truncate sums; here products and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -75,6 +74,9 @@ class TileConfig:
             raise ValueError(
                 f"Invalid length: expected a multiple of the tile {self.tile_q} x {self.tile_k}, got {self.length}."
             )
+        if PIECE * self.row_pieces % self.warps_k:
+            rows = PIECE * self.row_pieces
+            raise ValueError(f"Invalid warps_k: expected a divisor of the {rows} rows of a lane, got {self.warps_k}.")
         if self.threads > 1024:
             raise ValueError(f"Invalid warps: expected at most 32 in a block, got {self.warps_q * self.warps_k}.")
         if self.registers > MOST_REGISTERS:
@@ -163,9 +165,9 @@ class TileConfig:
 
     @property
     def partial_bytes(self) -> int:
-        """Shared memory of the sums of all warps along the keys but the first, where the tiles were before."""
+        """Shared memory of the sums of all warps, where the tiles were before, if several share the keys."""
         sums = PIECE * self.row_pieces * (PIECE * self.channel_pieces + 1)
-        return FLOAT_BYTES * WARP * self.warps_q * (self.warps_k - 1) * sums
+        return FLOAT_BYTES * self.threads * sums if self.warps_k > 1 else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -181,34 +183,34 @@ class TileConfig:
 _SHORTEST = ((1, 1, 2, 2),)
 _SHORT = ((1, 1, 2, 4),)
 _LONG = ((2, 1, 2, 4), (2, 1, 2, 2))
-_WIDE = ((1, 1, 2, 4), (1, 1, 2, 2), (1, 1, 1, 2), (1, 1, 1, 1))
+_WIDE = ((1, 1, 2, 4), (1, 1, 2, 2), (1, 1, 4, 1), (1, 1, 2, 1), (1, 1, 1, 1))
 
 
-def choose(n: int, num_features: int, head_dim: int) -> TileConfig:
-    """Return the default config for up to `n` positions.
+def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = AMPERE_SHARED_BYTES) -> TileConfig:
+    """Return the default config for up to `n` positions, on GPUs whose blocks may have `shared_bytes` of shared memory.
+
+    A block never takes more than sm_80 has, so that a library for later GPUs serves that, too.
 
     Raises
     ------
     ValueError
-        If no tile fits into the registers and the shared memory of sm_80.
+        If no tile fits into registers and shared memory.
     """
+    limit = min(shared_bytes, AMPERE_SHARED_BYTES)
     length = gpu_bucket(n)
     first = _SHORTEST if length < 256 else _SHORT if length <= 512 else _LONG
-    for config in _fitting((*first, *_WIDE), num_features, head_dim, length):
-        return config
+    for tile in (*first, *_WIDE):
+        config = _tiles(num_features, head_dim, length, tile)
+        if config is not None and config.shared_bytes <= limit:
+            return config
     raise ValueError(
-        f"No tile of {head_dim} channels and {num_features} features fits into registers and {AMPERE_SHARED_BYTES} "
-        "bytes of shared memory; use the fft algorithm."
+        f"No tile of {head_dim} channels and {num_features} features fits into registers and {limit} bytes of shared "
+        "memory; use the fft algorithm."
     )
 
 
-def _fitting(
-    tiles: tuple[tuple[int, int, int, int], ...], num_features: int, head_dim: int, length: int
-) -> Iterator[TileConfig]:
-    for tile in tiles:
-        try:
-            config = TileConfig(num_features, head_dim, length, *tile)
-        except ValueError:
-            continue
-        if config.shared_bytes <= AMPERE_SHARED_BYTES:
-            yield config
+def _tiles(num_features: int, head_dim: int, length: int, tile: tuple[int, int, int, int]) -> TileConfig | None:
+    try:
+        return TileConfig(num_features, head_dim, length, *tile)
+    except ValueError:
+        return None

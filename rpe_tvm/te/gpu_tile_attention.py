@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import tvm
 from tvm.script import tirx as T
 
-from rpe_tvm.plan.gpu_direct import CHUNK_BYTES
+from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, WARP
 from rpe_tvm.plan.gpu_tiles import COLUMNS, FLOAT_BYTES, PIECE, ROWS, TileConfig
 from rpe_tvm.te import cuda_warp as warp
 from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
-from rpe_tvm.te.cuda_tile import add_partial_sums
 from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 from rpe_tvm.te.gpu_tile import (
@@ -80,14 +79,12 @@ def _arguments(config: TileConfig) -> tuple[_Arguments, Expr, Expr]:
 class _Sums:
     """The accumulators of a lane: numerators of its rows and channels, and denominators over its keys."""
 
-    def __init__(self, config: TileConfig) -> None:
-        self.rows, self.channels = PIECE * config.row_pieces, PIECE * config.channel_pieces
+    def __init__(self, config: TileConfig, rows: int) -> None:
+        self.rows, self.channels = rows, PIECE * config.channel_pieces
         self.numerator = named("numerator", warp.registers(self.rows * self.channels, "float32"))
         self.denominator = named("denominator", warp.registers(self.rows, "float32"))
         warp.zero(self.numerator, self.rows * self.channels)
         warp.zero(self.denominator, self.rows)
-        self.all = [(self.numerator, i) for i in range(self.rows * self.channels)]
-        self.all += [(self.denominator, i) for i in range(self.rows)]
 
 
 def _build(config: TileConfig) -> None:
@@ -111,16 +108,16 @@ def _build(config: TileConfig) -> None:
         queries = base + T.uint32(config.stages * config.stage_bytes)
         copy_features(config.threads, thread, args.phi_q, b, h, first_q, config.tile_q, queries)
         tile = _Tile(config, args, lane, base, first_q)
-        sums = _Sums(config)
+        sums = _Sums(config, PIECE * config.row_pieces)
 
         def load(stage: Expr, tile: Expr) -> None:
             _load_tile(config, args, stage, thread, b, h, first_q, tile)
 
         walk(config, base, tiles, load, lambda used, at: tile.add(sums, used, at))
+        first_row: Expr = T.int32(0)
         if config.warps_k > 1:
-            add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)
-        with T.If(lane.warp_k == 0), T.Then():
-            _write(config, args, lane, sums, b, h, first_q)
+            sums, first_row = _add_shares(config, lane, base, sums)
+        _write(config, args, lane, first_row, sums, b, h, first_q)
 
 
 def _load_tile(
@@ -238,20 +235,57 @@ class _Tile:
                     warp.store_four(to, offset, [scores[first + i * width] for i in range(PIECE)])
 
 
-def _write(config: TileConfig, args: _Arguments, lane: Lane, sums: _Sums, b: Expr, h: Expr, first_q: Expr) -> None:
-    """Write the quotients of the rows that exist."""
+def _add_shares(config: TileConfig, lane: Lane, base: Expr, sums: _Sums) -> tuple[_Sums, Expr]:
+    """Add up what the warps along the keys have, each for its share of the rows; return that, and its first row."""
+    warp.wait(0)
+    warp.barrier()
+    pieces, warps = config.channel_pieces, config.warps_q * config.warps_k
+    row_bytes = pieces * WARP * CHUNK_BYTES  # numerators of a row of all lanes, piece by piece; then the denominators
+    numerators = let("numerators", base + warp.uint32(lane.lane * CHUNK_BYTES))
+    denominators = base + T.uint32(warps * sums.rows * row_bytes)
+    denominators = let("denominators", denominators + warp.uint32(lane.lane * FLOAT_BYTES))
+
+    def place(warp_k: Expr, row: Expr, piece: int) -> tuple[Expr, Expr]:
+        at = (warp_k * config.warps_q + lane.warp_q) * sums.rows + row
+        numerator = numerators + warp.uint32(at * row_bytes + piece * (WARP * CHUNK_BYTES))
+        return numerator, denominators + warp.uint32(at * (WARP * FLOAT_BYTES))
+
+    for row in range(sums.rows):
+        for piece in range(pieces):
+            numbers = [sums.numerator[row * sums.channels + piece * PIECE + i] for i in range(PIECE)]
+            warp.store_four(place(lane.warp_k, row, piece)[0], 0, numbers)
+        warp.store_float(place(lane.warp_k, row, 0)[1], 0, sums.denominator[row])
+    warp.barrier()
+    share = _Sums(config, sums.rows // config.warps_k)
+    first = let("first_of_share", lane.warp_k * share.rows)
+    part = warp.registers(PIECE + 1, "float32")
+    with T.unroll(config.warps_k) as other, T.unroll(share.rows) as row:
+        for piece in range(pieces):
+            warp.load_four(part, 0, place(other, first + row, piece)[0], 0)
+            with T.unroll(PIECE) as i:
+                at = row * sums.channels + piece * PIECE + i
+                T.buffer_store(share.numerator, share.numerator[at] + part[i], [at])
+        warp.load_float(part, PIECE, place(other, first + row, 0)[1], 0)
+        T.buffer_store(share.denominator, share.denominator[row] + part[PIECE], [row])
+    return share, first
+
+
+def _write(
+    config: TileConfig, args: _Arguments, lane: Lane, first: Expr, sums: _Sums, b: Expr, h: Expr, first_q: Expr
+) -> None:
+    """Write the quotients of a lane's rows from `first` on, those that exist."""
     whole = in_pieces(args.out)
-    for at in range(PIECE * config.row_pieces):
+    for at in range(sums.rows):
         warp.sum_over_lanes(sums.denominator, at, COLUMN_BITS)
-        row = let("row", first_q + lane.row + lane.of_rows * PIECE + row_of(at))
+        row = let("row", first_q + lane.row + lane.of_rows * PIECE + row_of(first + at))
         with T.If(row < args.n_query), T.Then():
             for piece in range(config.channel_pieces):
-                first = at * sums.channels + piece * PIECE
+                number = at * sums.channels + piece * PIECE
                 for i in range(PIECE):
-                    quotient = sums.numerator[first + i] / sums.denominator[at]
-                    T.buffer_store(sums.numerator, quotient, [first + i])
+                    quotient = sums.numerator[number + i] / sums.denominator[at]
+                    T.buffer_store(sums.numerator, quotient, [number + i])
                 channel = lane.of_columns * PIECE + piece * COLUMNS
-                quotients = [sums.numerator[first + i] for i in range(PIECE)]
+                quotients = [sums.numerator[number + i] for i in range(PIECE)]
                 _write_piece(args.out, whole, quotients, [b, h, row, channel])
 
 

@@ -50,6 +50,7 @@ def test_by_rule_tiles_take_short_float32_and_the_fft_the_rest(logs):
     border = gpu_choice.LONGEST_TILES
     for n, expected in ((1000, gpu_tiles.choose), (border, gpu_tiles.choose), (border + 1, gpu.choose)):
         assert gpu_choice.choose(n, 32, 64) == gpu_choice.rule(n, 32, 64) == expected(n, 32, 64)
+    assert gpu_choice.choose(1000, 32, 64, target_id="cuda-sm_89") == gpu_tiles.choose(1000, 32, 64, 99 * 1024)
     # no tile holds so many features, or so many channels
     for m, d in ((2000, 64), (32, 1000)):
         assert gpu_choice.choose(1000, m, d) == gpu.choose(1000, m, d)

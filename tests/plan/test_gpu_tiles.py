@@ -16,10 +16,12 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize("m", [1, 11, 32, 64, 128])
 @pytest.mark.parametrize("d", [1, 37, 64, 128, 256])
 @pytest.mark.parametrize("n", [1, 64, 200, 512, 1024, 2048])
-def test_default_tiles_run_on_ampere_and_divide_their_length(m, d, n):
-    config = choose(n, m, d)
-    assert config.shared_bytes <= AMPERE_SHARED_BYTES and config.registers <= 200
-    assert config.length >= n and config.length % config.tile_q == config.length % config.tile_k == 0
+def test_default_tiles_fit_and_divide_their_length(m, d, n):
+    limits = [99 * 1024] if m + d < 384 else []
+    for limit in (*limits, 163 * 1024, 227 * 1024):
+        config = choose(n, m, d, limit)
+        assert config.shared_bytes <= min(limit, AMPERE_SHARED_BYTES) and config.registers <= 200
+        assert config.length >= n and config.length % config.tile_q == config.length % config.tile_k == 0
 
 
 def test_sizes_of_a_block():
@@ -29,8 +31,8 @@ def test_sizes_of_a_block():
     assert config.stage_bytes == 4 * (24 * 128 + 64 * 128 + 192)
     assert config.shared_bytes == 2 * config.stage_bytes + 4 * 24 * 64 + 8 * 4 * 32 * 40
     assert config.table_shape(3, 65, 100) == (3, 128 + 128)
-    # three of four warps hand over 64 numerators and 8 denominators of each lane
-    assert config.partial_bytes == 4 * 32 * 2 * 3 * 8 * 9
+    # all warps hand over 64 numerators and 8 denominators of each lane
+    assert config.partial_bytes == 4 * 256 * 8 * 9
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ def test_sizes_of_a_block():
         ({"stages": 1}, "stages: expected at least 2"),
         ({"blocks": -1}, "blocks: expected 0 or more"),
         ({"length": 96}, "length: expected a multiple of the tile 64 x 128, got 96"),
+        ({"warps_k": 3, "length": 1536}, "warps_k: expected a divisor of the 8 rows of a lane"),
         ({"warps_q": 16, "warps_k": 4}, "expected at most 32 in a block, got 64"),
         ({"head_dim": 256}, "expected sums of at most 200 registers, got 336"),
         ({"num_features": 200}, "shared memory: expected at most 232448 bytes"),
@@ -51,7 +54,7 @@ def test_what_does_not_fit_is_refused(fields, message):
         TileConfig(**{**dict(num_features=32, head_dim=64, length=1024), **fields})
 
 
-@pytest.mark.parametrize(("m", "d"), [(2000, 64), (32, 300)])
-def test_no_tile_holds_very_many_features_or_channels(m, d):
+@pytest.mark.parametrize(("m", "d", "kib"), [(2000, 64, 227), (32, 300, 227), (128, 256, 99)])
+def test_no_tile_holds_very_many_features_or_channels(m, d, kib):
     with pytest.raises(ValueError, match=f"No tile of {d} channels and {m} features .* use the fft algorithm"):
-        choose(1000, m, d)
+        choose(1000, m, d, kib * 1024)

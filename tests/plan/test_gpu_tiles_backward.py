@@ -78,7 +78,7 @@ def test_buffers_begin_where_they_may():
         ({"length": 96}, "length: expected a power of two of at least 64, got 96"),
         ({"head_dim": 300}, "registers: expected at most 200 for sums and pairs of a thread, got"),
         ({"blocks": 8}, "registers: expected at most 64 for sums and pairs of a thread, got 108"),
-        ({"num_features": 160, "head_dim": 128, "rows": 128, "tile": 128}, "shared memory: expected at most 232448"),
+        ({"num_features": 64, "rows": 128, "tile": 128}, "shared memory: expected at most 232448 bytes, got 271616"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, message):

@@ -17,7 +17,7 @@ from rpe_tvm.schedules.gpu import (
     unroll,
 )
 from rpe_tvm.te.gpu_attention import TILE
-from rpe_tvm.te.gpu_gradients import column_groups
+from rpe_tvm.te.gpu_gradients import GradientSizes, column_groups
 
 THREADS = 256
 
@@ -62,7 +62,7 @@ def channels(sch: Schedule) -> None:
         sch.compute_at(sums, thread)
 
 
-def grad_features(sch: Schedule, config: GpuBackwardConfig, feature_map: str) -> None:
+def grad_features(sch: Schedule, config: GradientSizes, feature_map: str) -> None:
     """Schedule `te.gpu_gradients.grad_features`: a block of threads for each tile of positions."""
     groups, columns = column_groups(config)
     threads = groups * TILE

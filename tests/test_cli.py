@@ -17,7 +17,15 @@ from rpe_tvm import build as package
 from rpe_tvm.build import cache, manifest, nvcc
 from rpe_tvm.build import compile as build
 from rpe_tvm.errors import GpuNotFoundError, TuningError
-from rpe_tvm.plan import backward, gpu_backward, gpu_direct_backward, gpu_tiles, gpu_toeplitz, toeplitz, wisdom
+from rpe_tvm.plan import (
+    backward,
+    gpu_direct_backward,
+    gpu_tiles,
+    gpu_tiles_backward,
+    gpu_toeplitz,
+    toeplitz,
+    wisdom,
+)
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.runtime import gpu as runtime_gpu
 from rpe_tvm.runtime import load
@@ -141,7 +149,7 @@ def test_compile_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert "argument --dtype: expected float32 for --op toeplitz" in capsys.readouterr().err
     asked.clear()
     assert cli.main([*command, "--target", "sm_80", "--op", "backward"]) == 0
-    assert asked == [(gpu_backward.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]
+    assert asked == [(gpu_tiles_backward.choose(n, 3, 8), "cuda-sm_80", tmp_path) for n in (50, 200)]
     capsys.readouterr()
     assert cli.main([*command, "--target", "sm_80", "--op", "backward", "--lengths", "300000"]) == 1
     assert "expected at most 262144 positions for gradients on a GPU, got 300000" in capsys.readouterr().err

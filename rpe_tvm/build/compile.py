@@ -20,6 +20,7 @@ from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.plan.gpu_tiles import TileConfig
+from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig
 from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
 from rpe_tvm.plan.toeplitz import ToeplitzConfig
 from rpe_tvm.targets import AnyTarget, TargetSpec, to_tvm
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from rpe_tvm.build.lower import Lowered
 
-OfGpu = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig | TileConfig
+OfGpu = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig | TileConfig | TileBackwardConfig
 Config = AttentionConfig | BackwardConfig | ToeplitzConfig | OfGpu
 
 _DEFAULT_SCHEDULE: Mapping[str, Any] = {"source": "default"}
@@ -191,6 +192,7 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
         lower_gpu,
         lower_gpu_backward,
         lower_gpu_tiles,
+        lower_gpu_tiles_backward,
         lower_gpu_toeplitz,
         lower_rocm,
         lower_tensor_cores,
@@ -217,6 +219,8 @@ def _lower(config: Config, target: AnyTarget) -> Lowered:
             return lower_tensor_cores.lower(config)
         if isinstance(config, TileConfig):
             return lower_gpu_tiles.lower(config)
+        if isinstance(config, TileBackwardConfig):
+            return lower_gpu_tiles_backward.lower(config)
         if isinstance(config, GpuBackwardConfig):
             return lower_gpu_backward.lower(config)
         if isinstance(config, GpuToeplitzConfig):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
-from rpe_tvm.plan import gpu_backward, gpu_choice, gpu_direct_backward
+from rpe_tvm.plan import gpu_backward, gpu_choice, gpu_direct_backward, gpu_tiles_backward
 from rpe_tvm.plan.config import fields_from_json
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
+from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig
 
-AnyBackwardConfig = GpuBackwardConfig | TensorCoreBackwardConfig
+AnyBackwardConfig = GpuBackwardConfig | TensorCoreBackwardConfig | TileBackwardConfig
 
 
 @functools.lru_cache(maxsize=4096)
 def is_direct(num_features: int, head_dim: int, dtype: str) -> bool:
-    """Return whether tensor cores serve tensors of `dtype`, a name such as ``bfloat16``; by FFT all is float32."""
+    """Return whether tensor cores serve tensors of `dtype`, a name such as ``bfloat16``; elsewhere all is float32."""
     if dtype == "float32":
         return False
     try:
@@ -37,6 +39,9 @@ def choose(
         If there is none: for too many positions by FFT, and for 16-bit numbers that `is_direct` denies.
     """
     if dtype == "float32":
+        if n <= gpu_choice.LONGEST_TILES:
+            with contextlib.suppress(ValueError):  # too many features and channels for tiles
+                return gpu_tiles_backward.choose(n, num_features, head_dim, shared_bytes)
         return gpu_backward.choose(n, num_features, head_dim, shared_bytes)
     return gpu_direct_backward.choose(n, num_features, head_dim, dtype)  # type: ignore[arg-type]
 
@@ -47,7 +52,9 @@ def bucket(n: int, dtype: str) -> int:
 
 
 def config_from_json(fields: dict[str, Any]) -> AnyBackwardConfig:
-    """Return the config that `to_json` wrote: that of the FFT has radices."""
+    """Return the config that `to_json` wrote: that of the FFT has radices, that of float32 tiles rows of a block."""
     if "radices" in fields:
         return GpuBackwardConfig(**fields_from_json(fields))
+    if "rows" in fields:
+        return TileBackwardConfig.from_json(fields)
     return TensorCoreBackwardConfig.from_json(fields)

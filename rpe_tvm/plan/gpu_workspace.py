@@ -12,8 +12,9 @@ from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.plan.gpu_tiles import TileConfig
+from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig
 
-AnyConfig = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig | TileConfig
+AnyConfig = GpuAttentionConfig | TensorCoreConfig | TensorCoreBackwardConfig | TileConfig | TileBackwardConfig
 
 # What every buffer starts at a multiple of: torch's allocator promises twice as much.
 ALIGNMENT = 256
@@ -75,6 +76,18 @@ def _buffers(
             ("exponent_q", (batch, heads, rows_q, features), "float32", 4),
             ("exponent_k", (batch, heads, rows_k, features), "float32", 4),
         ]
+    if isinstance(config, TileBackwardConfig):
+        m, length = config.num_features, config.length
+        of_tiles = {
+            "phi_q": (batch, heads, m, length),
+            "phi_k": (batch, heads, m, length),
+            "table": (heads, 2 * length),
+            "terms": (2, batch, heads, length),
+            "diagonals": (batch, heads, *config.diagonals),
+            "grad_phi_q": (batch, heads, m, 1, length),
+            "grad_phi_k": (batch, heads, m, 1, length),
+        }
+        return [(name, shape, "float32", 4) for name, shape in of_tiles.items()]
     shapes = {
         "phi_q": gpu_buffers.features(config, batch, heads),
         "phi_k": gpu_buffers.features(config, batch, heads),

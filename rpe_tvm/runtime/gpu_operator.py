@@ -10,6 +10,7 @@ from rpe_tvm.plan.gpu_backward_choice import AnyBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.plan.gpu_tiles import TileConfig
+from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig
 from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime.operator import FEATURE_MAPS, Functions
@@ -49,6 +50,9 @@ def function_names(config: GpuConfig | AnyBackwardConfig) -> tuple[str, ...]:
         return (*_FEATURES, "largest", *_LONG, *_LONG_BACKWARD, *_GRAD_FEATURES)
     if isinstance(config, TensorCoreBackwardConfig):
         return (*_FEATURES, "weights", "grad_queries", "grad_keys", "grad_bias", *_BACKWARD)
+    if isinstance(config, TileBackwardConfig):
+        launches = (*_FEATURES, "weights", "grad_queries", "grad_keys", "grad_bias", *_GRAD_FEATURES)
+        return (*launches, "gradients", *_BACKWARD)
     if isinstance(config, TileConfig):
         return (*_FEATURES, "weights", "attention", *_FORWARD)
     if isinstance(config, TensorCoreConfig):

@@ -38,6 +38,21 @@ def blocks_at_once(count: int) -> AbstractContextManager[Any]:
     return T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(count))  # type: ignore[no-any-return]
 
 
+@contextmanager
+def only_if(condition: Any | None) -> Iterator[None]:
+    """Guard what is called inside; None: nothing is to be checked."""
+    if condition is None:
+        yield
+        return
+    with T.If(condition), T.Then():
+        yield
+
+
+def loops_for_nvcc() -> AbstractContextManager[Any]:
+    """Leave it to nvcc to unroll loops: TVM's passes take seconds for the statements of large products."""
+    return T.attr(T.int32(0), "pragma_unroll_explicit", T.bool(False))  # type: ignore[no-any-return]
+
+
 def named(name: str, var: Any) -> Any:
     """Give a variable or buffer its name."""
     IRBuilder.name(name, var)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from tvm import te, tirx
 
@@ -16,7 +17,7 @@ from rpe_tvm.te import complex as cx
 from rpe_tvm.te import gpu_dft
 from rpe_tvm.te.complex import Complex, Expr
 from rpe_tvm.te.gpu_attention import TILE, make_tables, tile_sums
-from rpe_tvm.te.gpu_features import FeatureMap
+from rpe_tvm.te.gpu_features import FeatureMap, FeatureSizes
 from rpe_tvm.te.gpu_weights import weight_inputs
 from rpe_tvm.te.shapes import Sizes
 
@@ -24,7 +25,14 @@ from rpe_tvm.te.shapes import Sizes
 GROUPS = 8
 
 
-def _rows(sizes: Sizes, n: Expr, config: GpuBackwardConfig, name: str) -> te.Tensor:
+class GradientSizes(FeatureSizes, Protocol):
+    """What a config says of the gradients of its features: in how many parts they come."""
+
+    @property
+    def grad_parts(self) -> int: ...
+
+
+def _rows(sizes: Sizes, n: Expr, config: GradientSizes, name: str) -> te.Tensor:
     return te.placeholder((sizes.batch, sizes.heads, n, cx.int64(config.head_dim)), cx.FLOAT, name)
 
 
@@ -33,7 +41,7 @@ def total(terms: Iterable[Expr]) -> Expr:
     return functools.reduce(lambda x, y: x + y, terms)
 
 
-def column_groups(config: GpuBackwardConfig) -> tuple[int, int]:
+def column_groups(config: GradientSizes) -> tuple[int, int]:
     """Return in how many groups of how many columns threads make the gradients of a row."""
     columns = max(8, -(-config.head_dim // 32))
     return -(-config.head_dim // columns), columns
@@ -140,7 +148,7 @@ def grad_value(config: GpuBackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     return [partial, tables.tensor, out]
 
 
-def grad_features(config: GpuBackwardConfig, sizes: Sizes, feature_map: FeatureMap) -> list[te.Tensor]:
+def grad_features(config: GradientSizes, sizes: Sizes, feature_map: FeatureMap) -> list[te.Tensor]:
     """Return the arguments of the gradients of the feature map's arguments, the outputs last.
 
     phi is an exponential, so the gradient of its exponent is e[f] = phi[f] * grad_phi[f]; a = W^T e is that of x'. PRF:
@@ -167,7 +175,7 @@ def grad_features(config: GpuBackwardConfig, sizes: Sizes, feature_map: FeatureM
 
 
 def _grad_argument(
-    config: GpuBackwardConfig,
+    config: GradientSizes,
     sizes: Sizes,
     feature_map: FeatureMap,
     x: te.Tensor,

@@ -1,8 +1,8 @@
 """Gradients of attention on GPUs by compiled functions.
 
 As `rpe_tvm.torch.backward` on CPUs: kept from the forward pass are its arguments and its output, the rest is computed
-again. Everything is on the caller's stream; nothing waits. By FFT all is float32; on tensor cores (`attention_backward`
-with a `TensorCoreBackwardConfig`) one function makes all gradients.
+again. Everything is on the caller's stream; nothing waits. By FFT and by tiles without tensor cores all is float32; on
+tensor cores (`attention_backward` with a `TensorCoreBackwardConfig`) one function makes all gradients.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from rpe_tvm.errors import GpuGradientError
 from rpe_tvm.plan import gpu_backward, gpu_direct, gpu_direct_backward, gpu_workspace
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
+from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig
 from rpe_tvm.runtime import GpuInstance
 from rpe_tvm.torch import cuda_long_backward, hip
 from rpe_tvm.torch.cuda import constant_tables, current_gpu, in_whole_pieces
 from rpe_tvm.torch.layouts import last_axis_contiguous
+
+Float32Config = GpuBackwardConfig | TileBackwardConfig
 
 
 def check_length(n: int) -> None:
@@ -87,11 +90,9 @@ def attention_backward(
         workspace, views = _workspace(config, query, key)
         grads = [torch.empty(x.shape, device=x.device) for x in (query, key, value)]
         grad_bias = torch.empty_like(rpe_bias)
-        tables, causal = constant_tables(config, query.device), int(is_causal)
-        if config.columns == 1:
-            instance.functions[f"backward_{feature_map}"](
-                query, key, value, rpe_bias, projection, tables, causal, grad_out, out, workspace, *grads, grad_bias
-            )
+        if _is_one_call(config):
+            inputs = query, key, value, rpe_bias, projection, *_tables(config, query), int(is_causal), grad_out, out
+            instance.functions[f"backward_{feature_map}"](*inputs, workspace, *grads, grad_bias)
         else:
             phi, grad_phi = ([views(f"{kind}_{name}") for name in "qk"] for kind in ("phi", "grad_phi"))
             instance.functions[f"features_{feature_map}"](query, key, projection, *phi)
@@ -178,11 +179,9 @@ def attention_on_features_backward(
             packed[..., :n] = given.mT
             packed[..., n:] = 0.0
         grad_value, grad_bias = torch.empty(value.shape, device=value.device), torch.empty_like(rpe_bias)
-        if config.columns == 1:
-            tables, causal = constant_tables(config, value.device), int(is_causal)
-            instance.functions["gradients"](
-                value, rpe_bias, tables, causal, grad_out, out, workspace, grad_value, grad_bias
-            )
+        if _is_one_call(config):
+            inputs = value, rpe_bias, *_tables(config, value), int(is_causal), grad_out, out
+            instance.functions["gradients"](*inputs, workspace, grad_value, grad_bias)
         else:
             phi, grad_phi = ([views(f"{kind}_{name}") for name in "qk"] for kind in ("phi", "grad_phi"))
             cuda_long_backward.gradients(
@@ -204,7 +203,17 @@ def _projection_gradient(feature_map: str, x: Tensor, grad_exponent: Tensor) -> 
     return (grad_exponent @ (x * scale)).sum((0, 1))
 
 
-def _workspace(config: GpuBackwardConfig, query: Tensor, key: Tensor) -> tuple[Tensor, Callable[[str], Tensor]]:
+def _is_one_call(config: Float32Config) -> bool:
+    """Whether one function makes all gradients: by FFT where a transform fits into shared memory."""
+    return isinstance(config, TileBackwardConfig) or config.columns == 1
+
+
+def _tables(config: Float32Config, x: Tensor) -> tuple[Tensor, ...]:
+    """The constant tables of the FFT on x's device."""
+    return () if isinstance(config, TileBackwardConfig) else (constant_tables(config, x.device),)
+
+
+def _workspace(config: Float32Config, query: Tensor, key: Tensor) -> tuple[Tensor, Callable[[str], Tensor]]:
     """The memory of a call, and the function that returns a buffer of it by name."""
     places, size = _places(config, query.shape[:3], key.shape[2])
     workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
@@ -218,14 +227,14 @@ def _workspace(config: GpuBackwardConfig, query: Tensor, key: Tensor) -> tuple[T
 
 @functools.lru_cache(maxsize=256)
 def _places(
-    config: GpuBackwardConfig, rows: torch.Size, n_key: int
+    config: Float32Config, rows: torch.Size, n_key: int
 ) -> tuple[dict[str, tuple[int, int, tuple[int, ...]]], int]:
     """Buffer -> its first byte, its numbers and its shape; and how many bytes they take together."""
     places, size = gpu_workspace.places(config, rows[0], rows[1], rows[2], n_key)
     return {name: (int(at.offset), math.prod(at.shape), at.shape) for name, at in places.items()}, int(size)
 
 
-def _config(instance: GpuInstance) -> GpuBackwardConfig:
-    if isinstance(instance.config, GpuBackwardConfig):
+def _config(instance: GpuInstance) -> Float32Config:
+    if isinstance(instance.config, Float32Config):
         return instance.config
     raise TypeError(f"Invalid operator: expected gradients, got {instance.config}.")

@@ -27,8 +27,8 @@ def test_what_serves_which_dtype():
     assert not gpu_backward_choice.is_direct(32, 64, "float32")
     assert not gpu_backward_choice.is_direct(32, 256, "float16")
     assert not gpu_backward_choice.is_direct(32, 63, "float16")
-    config = gpu_backward_choice.choose(1000, 32, 64)
-    assert config == gpu_backward.choose(1000, 32, 64)
+    config = gpu_backward_choice.choose(5000, 32, 64)
+    assert config == gpu_backward.choose(5000, 32, 64)
     assert gpu_backward_choice.config_from_json(config.to_json()) == config
 
 

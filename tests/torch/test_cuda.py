@@ -17,7 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpe_tvm import build, reference
 from rpe_tvm.errors import ArtefactError, CompilerNotFoundError, DTypeError, GpuGradientError
-from rpe_tvm.plan import gpu, gpu_backward, gpu_buffers, gpu_choice, gpu_direct, gpu_toeplitz, gpu_wisdom
+from rpe_tvm.plan import (
+    gpu,
+    gpu_backward,
+    gpu_buffers,
+    gpu_choice,
+    gpu_direct,
+    gpu_tiles_backward,
+    gpu_toeplitz,
+    gpu_wisdom,
+)
 from rpe_tvm.plan.gpu import GpuAttentionConfig
 from rpe_tvm.plan.gpu_tiles import TileConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
@@ -445,7 +454,7 @@ def test_a_directory_of_artefacts_serves_gpus(machine: Any, tmp_path: Path) -> N
 
 def test_gradients_are_operators_of_their_own(machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(dispatch, "load_gpu_backward", lambda path, index: (path.name, index))
-    config = gpu_backward.choose(300, 32, 64)
+    config = gpu_tiles_backward.choose(300, 32, 64)
     assert dispatch.get_gpu_backward(1, 300, 32, 64) == (config.name, 1)
     assert machine.compiled == [(config, "cuda-sm_90")]
     machine.compiled.clear()

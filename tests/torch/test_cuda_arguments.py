@@ -24,6 +24,7 @@ from rpe_tvm.plan.gpu_backward_choice import AnyBackwardConfig
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.plan.gpu_direct_backward import TensorCoreBackwardConfig
 from rpe_tvm.plan.gpu_tiles import TileConfig
+from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig
 from rpe_tvm.plan.gpu_toeplitz import GpuToeplitzConfig
 from rpe_tvm.plan.gpu_wisdom import GpuConfig
 from rpe_tvm.runtime import tvm_runtime
@@ -197,16 +198,11 @@ def test_arguments_of_toeplitz_products_fit(
         (GpuBackwardConfig(3, 5, 64, (8, 8), 8), 14),
         (GpuBackwardConfig(2, 3, 512, (8, 8), 8, columns=8), None),
         (TensorCoreBackwardConfig(6, 8, 64, "bfloat16", 1, 1, 2, 64), 5),
+        (TileBackwardConfig(3, 5, 64, 32, 32, 1), 8),
     ],
     ids=[
-        "short",
-        "long",
-        "tiles",
-        "tensor cores",
-        "one launch",
-        "gradients",
-        "long gradients",
-        "gradients on tensor cores",
+        *("short", "long", "tiles", "tensor cores", "one launch"),
+        *("gradients", "long gradients", "gradients on tensor cores", "gradients by tiles"),
     ],
 )
 def test_arguments_fit(

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rpe_tvm import reference
-from rpe_tvm.torch import NPRF, PRF, elu_features, gaussian_projection, kernelized_attention
+from rpe_tvm import build, reference, targets
+from rpe_tvm.plan.gpu_tiles_backward import TileBackwardConfig
+from rpe_tvm.runtime import load_gpu_backward
+from rpe_tvm.runtime.gpu import gpus
+from rpe_tvm.torch import NPRF, PRF, cuda_backward, elu_features, gaussian_projection, kernelized_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,6 +53,40 @@ def test_values(n_q, n_k, is_causal, kind):
     arrays = [x.detach().double().cpu().numpy() for x in (grad_out, *tensors)]
     want = reference.attention_gradients(*arrays, kind(tensors[4]).name, is_causal)
     assert max(_errors(tensors, want)) < (1e-4 if is_causal else 1e-5)
+
+
+@pytest.mark.parametrize("config", [(64, 128, 1), (64, 64, 2), (64, 64, 1), (32, 64, 1), (64, 32, 1), (32, 32, 1)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_tiles(config, is_causal):
+    """Features from 1e-8 to 1e7: every number is as exact as those of the dense formula in float32."""
+    m, d, n_q, n_k = 32, 64, 500, 430
+    instance = load_gpu_backward(
+        build.compile_operator(TileBackwardConfig(m, d, 512, *config), targets.preset(gpus()[0].arch))
+    )
+    g = torch.Generator().manual_seed(0)
+    phi_q, phi_k = (10 ** (15 * torch.rand(2, 3, n, m, generator=g) - 8) for n in (n_q, n_k))
+    value, grad_out = (torch.randn(2, 3, n, d, generator=g) for n in (n_k, n_q))
+    bias = torch.randn(3, n_q + n_k - 1, generator=g)
+    offset = torch.arange(n_k) - torch.arange(n_q)[:, None]
+
+    def dense(dtype):
+        leaves = [x.to("cuda", dtype).requires_grad_() for x in (phi_q, phi_k, value, bias)]
+        largest = leaves[3][:, : n_q if is_causal else None].amax(1, keepdim=True).detach()
+        weights = (leaves[3] - largest).exp()[:, (offset + n_q - 1).cuda()]
+        scores = leaves[0] @ leaves[1].mT * weights
+        scores = scores.where(offset.cuda() <= 0, 0.0) if is_causal else scores
+        out = scores @ leaves[2] / scores.sum(-1, keepdim=True)
+        return out.detach(), torch.autograd.grad(out, leaves, grad_out.to("cuda", dtype))
+
+    (out, in_float32), (_, exact) = dense(torch.float32), dense(torch.float64)
+    given = (x.cuda() for x in (grad_out, phi_q, phi_k, value, bias))
+    found = cuda_backward.attention_on_features_backward(instance, *given, out, is_causal=is_causal)
+    for x, y, want in zip(found, in_float32, exact, strict=True):
+        of_rows = [(each - want).norm(dim=-1) / want.norm(dim=-1) for each in (x, y)]
+        of_rows = [each[want.norm(dim=-1) > 1e-6 * want.norm(dim=-1).median()] for each in of_rows]
+        for quantile in (0.5, 0.9):
+            errors = [each.quantile(quantile).item() for each in of_rows]
+            assert errors[0] < 2 * errors[1], errors
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

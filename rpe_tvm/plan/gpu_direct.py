@@ -324,14 +324,14 @@ def is_fused(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> 
 
 @functools.cache
 def clustered(config: TensorCoreConfig) -> TensorCoreConfig | None:
-    """Return the config of the kernel that takes the place of `fused` where the GPU has clusters, if there is one."""
+    """Return the config of the kernel that takes the place of `fused` on GPUs with clusters, if there is one."""
     one = fused(config)
     return None if one is None else replace(one, cluster=4)
 
 
 @functools.lru_cache(maxsize=4096)
 def is_clustered(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> bool:
-    """Return whether that kernel serves a call: all its blocks run at once."""
+    """Return whether that kernel serves a call of those that `is_fused` takes: all its clusters run at once."""
     one = clustered(config)
     if one is None:
         return False

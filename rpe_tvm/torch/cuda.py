@@ -50,10 +50,8 @@ def attention(
     with current_gpu(query):
         if isinstance(config, TensorCoreConfig):
             tensors = (*(in_whole_pieces(x) for x in (query, key, value)), rpe_bias, projection)
-            if gpu_direct.is_clustered(config, *query.shape[:3]) and _has_clusters(query.get_device()):
-                functions[f"clustered_{feature_map}"](*tensors, int(is_causal), out)
-            elif gpu_direct.is_fused(config, *query.shape[:3]):
-                functions[f"fused_{feature_map}"](*tensors, int(is_causal), out)
+            if gpu_direct.is_fused(config, *query.shape[:3]):
+                functions[f"{_one_kernel(config, query)}_{feature_map}"](*tensors, int(is_causal), out)
             else:
                 functions[f"forward_{feature_map}"](*tensors, int(is_causal), _workspace(config, query, key), out)
             return
@@ -91,6 +89,11 @@ def current_gpu(x: Tensor) -> AbstractContextManager[object]:
     """Make x's GPU the current one for a while: the functions do that, and would leave it so."""
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+
+
+def _one_kernel(config: TensorCoreConfig, query: Tensor) -> str:
+    of_clusters = gpu_direct.is_clustered(config, *query.shape[:3]) and _has_clusters(query.get_device())
+    return "clustered" if of_clusters else "fused"
 
 
 @functools.cache

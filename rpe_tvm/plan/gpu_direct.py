@@ -335,7 +335,7 @@ def clustered(config: TensorCoreConfig) -> TensorCoreConfig | None:
 
 @functools.lru_cache(maxsize=4096)
 def is_clustered(config: TensorCoreConfig, batch: int, heads: int, n_query: int) -> bool:
-    """Return whether that kernel serves a call: all its blocks run at once."""
+    """Return whether that kernel serves a call of those that `is_fused` takes: all its clusters run at once."""
     one = clustered(config)
     if one is None:
         return False

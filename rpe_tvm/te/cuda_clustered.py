@@ -7,8 +7,6 @@ Source: Luo et al. 2021, Eq. 10, multiplied out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import tvm
 from tvm.script import tirx as T
 
@@ -67,14 +65,10 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         keys = base + T.uint32(config.stage_bytes)  # where the values of the second tile and later ones come
         lane = Lane(config, thread, phi_k, base, strip)
 
-        def in_turns(action: Callable[[int], None]) -> None:
-            for turn in range(config.key_turns):
-                with T.If(turn * config.keys_of_turn < args.n_key), T.Then():
-                    action(turn)
-
         with T.If(thread == 0), T.Then():
             received = T.uint32((size - 1) * warps * ROWS * config.key_row_bytes)
-            in_turns(lambda turn: warp.expect(arrivals, 8 * turn, received))
+            for turn in range(config.key_turns):
+                warp.expect(arrivals, 8 * turn, received)
         warp.cluster_arrive()
         # until here nothing was read that a kernel before may have written
         warp.wait_for_kernels_before()
@@ -108,20 +102,24 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         warp.address_in_block(remote[0], sent, other)
         warp.address_in_block(remote[1], arrivals, other)
 
-        def make_features(turn: int) -> None:
+        made = named("made", warp.registers(config.key_turns * 2 * words, "uint32"))
+        for turn in range(config.key_turns):
             key = let("key", T.Cast("int64", first + lane.group) + turn * config.keys_of_turn)
             exists = [key < args.n_key, key + 8 < args.n_key]
             packed = sixteen_rows(config, w, of_warp + T.uint32(turn * warps * ROWS * config.value_row_bytes), exists)
-            at = turn * config.keys_of_turn * config.key_row_bytes
+            for i in range(2 * words):
+                T.buffer_store(made, packed[i], [turn * 2 * words + i])
+        for turn in range(config.key_turns):
             for lower in (0, 1):
-                neighbours = [packed[2 * tile + lower] for tile in range(words)]
-                warp.store_words(stored, at + lower * 8 * config.key_row_bytes, neighbours)
-            warp.before_send()
-            with T.If(lane.lane < size - 1), T.Then():
-                to, arrival = remote[0] + T.uint32(at), remote[1] + T.uint32(8 * turn)
-                warp.send(to, sent + T.uint32(at), ROWS * config.key_row_bytes, arrival)
+                neighbours = [made[(turn * words + tile) * 2 + lower] for tile in range(words)]
+                row = turn * config.keys_of_turn + lower * 8
+                warp.store_words(stored, row * config.key_row_bytes, neighbours)
+        warp.before_send()
+        with T.If(lane.lane < size - 1), T.Then():
+            for turn in range(config.key_turns):
+                at = T.uint32(turn * config.keys_of_turn * config.key_row_bytes)
+                warp.send(remote[0] + at, sent + at, ROWS * config.key_row_bytes, remote[1] + T.uint32(8 * turn))
 
-        in_turns(make_features)
         w = load_projection(config, feature_map, projection, lane.lane)
         phi_q = query_features(config, w, let("queries", queries + warp.uint32(rows)), lane)
         weights.store(strip)  # behind its barriers nobody reads keys
@@ -155,7 +153,8 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
             )
             T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + stage_bytes), [0])
         # a block may end when it has all that is sent to it, and the others all that it sent
-        in_turns(lambda turn: warp.wait_for(arrivals + T.uint32(8 * turn)))
+        for turn in range(config.key_turns):
+            warp.wait_for(arrivals + T.uint32(8 * turn))
         warp.cluster_arrive()
         if config.warps_k > 1:
             add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)

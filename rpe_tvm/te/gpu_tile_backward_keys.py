@@ -133,6 +133,7 @@ def _build(config: TileBackwardConfig) -> None:
             diagonals.add_up(args.diagonals, tile, offset, b, h, T.Cast("int64", block))
 
         walk(config, base, tiles, load, add)
+        warp.wait(0)  # for what is kept: there may have been no tile
         warp.barrier()
         with T.If(tiles > 0), T.Then():
             offset = config.length - config.tile - first_query(tiles - 1)

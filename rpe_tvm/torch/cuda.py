@@ -57,22 +57,14 @@ def attention(
 Launch = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # query, key, value, bias, projection, out
 
 
-# The kernels that do all of a call, the faster first: function, which calls they serve, their config.
-_ONE_LAUNCH = (
-    ("clustered", gpu_direct.is_clustered, gpu_direct.clustered),
-    ("fused", gpu_direct.is_fused, gpu_direct.fused),
-)
-
-
 def launch(instance: GpuInstance, query: Tensor, key: Tensor, feature_map: str, is_causal: bool) -> Launch:
     """What serves calls of `attention` with tensors of these shapes, in whole pieces where tensor cores read them."""
     config, functions, causal = instance.config, instance.functions, int(is_causal)
     if isinstance(config, TensorCoreConfig):
-        for kind, serves, config_of in _ONE_LAUNCH:
-            one_launch = config_of(config) if serves(config, *query.shape[:3]) else None
-            if one_launch is not None and _runs(one_launch, query.get_device()):
-                whole = functions[f"{kind}_{feature_map}"]
-                return lambda q, k, v, b, w, out: whole(q, k, v, b, w, causal, out)
+        kind = _one_launch(config, query)
+        if kind is not None:
+            whole = functions[f"{kind}_{feature_map}"]
+            return lambda q, k, v, b, w, out: whole(q, k, v, b, w, causal, out)
     if f"forward_{feature_map}" in functions:
         forward, size = functions[f"forward_{feature_map}"], _workspace_bytes(config, query.shape, key.shape[2])
         tables = (constant_tables(config, query.device),) if isinstance(config, GpuAttentionConfig) else ()
@@ -116,6 +108,19 @@ def current_gpu(x: Tensor) -> AbstractContextManager[object]:
     """Make x's GPU the current one for a while: the functions do that, and would leave it so."""
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+
+
+def _one_launch(config: TensorCoreConfig, query: Tensor) -> str | None:
+    """The function that does all of a call in one launch, if there is one for it: the faster of two."""
+    of_call = config, *query.shape[:3]
+    for kind, serves, config_of in (
+        ("clustered", gpu_direct.is_clustered, gpu_direct.clustered),
+        ("fused", gpu_direct.is_fused, gpu_direct.fused),
+    ):
+        found = config_of(config) if serves(*of_call) else None
+        if found is not None and _runs(found, query.get_device()):
+            return kind
+    return None
 
 
 @functools.cache

@@ -48,8 +48,9 @@ def lower(config: GpuBackwardConfig) -> Lowered:
     for name in {"backward", "value_sums", "rows_backward"} & {*functions}:
         if name != "value_sums" or config.has_aligned_tables:
             functions[name] = functions[name].with_attr(ALIGNED_ATTRIBUTE, True)
-        if config.blocks_per_sm:
-            functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, config.blocks_per_sm)
+        blocks = config.blocks_of_sums if name == "value_sums" else config.blocks_per_sm
+        if blocks:
+            functions[name] = functions[name].with_attr(BLOCKS_ATTRIBUTE, blocks)
     if config.columns == 1:
         calls = [gpu_backward_calls.gradients(config)]
         calls += [gpu_backward_calls.backward(config, feature_map) for feature_map in FEATURE_MAPS]

@@ -14,6 +14,8 @@ LONGEST = gpu.LONGEST
 HOPPER = 232_448
 # transformed in shared memory by two folds of 4096 positions
 FOLDED = 8192
+# The transforms of both sides together, in one block of threads with all registers of a multiprocessor, as with folds.
+TOGETHER = 4096
 
 # Blocks that a multiprocessor shall hold at once: 128 registers for each of 512 threads, with few spilled.
 BLOCKS_PER_SM: dict[tuple[int, ...], int] = {(16, 16, 8): 4, (16, 16, 16): 2}
@@ -44,6 +46,16 @@ class GpuBackwardConfig(GpuAttentionConfig):
     def name(self) -> str:
         """Readable name of the compiled operator, one per bucket."""
         return f"backward-m{self.num_features}-d{self.head_dim}-n{self.length}-{self.dtype}"
+
+    @property
+    def sides_together(self) -> bool:
+        """Whether a thread makes the transforms of both sides between the same barriers: one block, all registers."""
+        return self.folds > 1 or (self.columns == 1 and self.blocks_per_sm == 1)
+
+    @property
+    def blocks_of_sums(self) -> int:
+        """Blocks that a multiprocessor shall hold in the values' gradient, whatever it holds in the others'."""
+        return BLOCKS_PER_SM.get(self.radices, 0) if self.blocks_per_sm == 1 else self.blocks_per_sm
 
     @property
     def value_pairs(self) -> int:
@@ -92,5 +104,7 @@ def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = HOPPER)
     folds = 2 if length == FOLDED and shared_bytes >= HOPPER else 1
     radices = gpu.ROW_RADICES[row]
     blocks_per_sm = BLOCKS_PER_SM.get(radices, 0) if folds == 1 else 0
+    if length == TOGETHER and shared_bytes >= HOPPER:
+        blocks_per_sm = 1
     columns = length // (folds * row)
     return GpuBackwardConfig(num_features, head_dim, length, radices, row // radices[0], folds, columns, blocks_per_sm)

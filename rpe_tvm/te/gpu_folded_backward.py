@@ -1,4 +1,4 @@
-"""`te.gpu_backward.fft_backward` where positions are folded: the transforms of both sides are made together.
+"""`te.gpu_backward.fft_backward` where positions are folded, or fill a block of threads: both sides made together.
 
 With two folds the sums of a feature take 6 numbers of each frequency, so that one block of threads has all registers of
 a multiprocessor. A thread makes a butterfly of both sides between two barriers: half as many barriers, and twice as

@@ -15,6 +15,7 @@ def test_every_bucket_has_a_config_that_survives_json(n: int, shared_bytes: int)
     assert config.length >= n and config.threads * config.radices[0] == config.row
     assert (config.columns == 1) == (n <= (8192 if shared_bytes == 232_448 else 4096))
     assert config.folds == (2 if (n, shared_bytes) == (8192, 232_448) else 1)
+    assert config.sides_together == (n in (4096, 8192) and shared_bytes == 232_448)
     assert (config.num_terms, config.grad_parts) == ((32, config.residues) if config.columns == 1 else (1, 1))
     assert GpuBackwardConfig.from_json(config.to_json()) == config
     assert config.name == f"backward-m32-d65-n{config.length}-float32"

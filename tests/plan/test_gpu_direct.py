@@ -3,6 +3,7 @@
 import pytest
 
 from rpe_tvm.plan.gpu_direct import (
+    MAX_SHARED_BYTES,
     TensorCoreConfig,
     choose,
     clustered,
@@ -42,7 +43,7 @@ def test_few_short_sequences_are_one_launch(dtype):
 @pytest.mark.parametrize(("m", "d"), [(32, 64), (16, 64), (24, 48), (3, 16)])
 def test_blocks_of_a_head_share_features(m, d, dtype):
     for n in (1, 100, 300, 1000):
-        assert clustered(choose(n, m, d, dtype)).shared_bytes <= 163 * 1024  # sm_80
+        assert clustered(choose(n, m, d, dtype)).shared_bytes <= MAX_SHARED_BYTES
     config = choose(1024, m, d, dtype)
     assert clustered(clustered(config)) is None
     assert clustered(choose(1025, m, d, dtype)) is None

@@ -39,6 +39,8 @@ STAGES = GpuBackwardConfig(M, 4, 128, (8, 4, 4), 16)
 COLUMNS = GpuBackwardConfig(M, 4, 256, (8, 8), 8, columns=4)
 # two features at once
 FOLDS = GpuBackwardConfig(2, 3, 256, (8, 4, 4), 16, folds=2)
+# both sides of a transform at once
+TOGETHER = GpuBackwardConfig(2, 3, 64, (8, 8), 8, blocks_per_sm=1)
 
 
 class Emulated:
@@ -212,6 +214,7 @@ CASES = [
     (101, 127, STAGES, "prf", True),
     (250, 200, COLUMNS, "nprf", False),
     (255, 201, FOLDS, "nprf", False),
+    (64, 61, TOGETHER, "nprf", False),
 ]
 
 

@@ -76,7 +76,7 @@ def _short(config: GpuBackwardConfig) -> list[Function]:
     def of_config(schedule: Callable[..., None]) -> Callable[[Schedule], None]:
         return functools.partial(_with, schedule, config)
 
-    kernel, schedule = (gpu_folded_backward, folded) if config.folds > 1 else (gpu_backward, schedules)
+    kernel, schedule = (gpu_folded_backward, folded) if config.sides_together else (gpu_backward, schedules)
     return [
         ("denominators", gpu_backward.denominators(config, sizes), of_config(schedules.denominators)),
         ("backward", kernel.fft_backward(config, sizes), of_config(schedule.fft_backward)),

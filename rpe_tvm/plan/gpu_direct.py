@@ -130,12 +130,6 @@ class TensorCoreConfig:
             raise ValueError(f"Invalid cluster: expected 1, 2, 4 or 8 blocks, got {self.cluster}.")
         if self.padded_features > 32:
             raise ValueError(f"Invalid num_features: expected at most 32 for clusters, got {self.num_features}.")
-        own = self.key_turns * self.keys_of_turn // self.cluster * self.value_row_bytes
-        if own > (self.stages - 1) * self.stage_bytes:
-            raise ValueError(
-                f"Invalid stages: expected {1 + -(-own // self.stage_bytes)} or more of {self.tile_k} keys, where a "
-                f"block's part of the keys lies first, got {self.stages}."
-            )
         if self.partial_bytes > self.stages * self.stage_bytes:
             raise ValueError(
                 f"Invalid stages: expected {-(-self.partial_bytes // self.stage_bytes)} or more of {self.tile_k} keys, "
@@ -199,7 +193,7 @@ class TensorCoreConfig:
         if self.fused:
             tiles += sum(self.fused_bytes)
         if self.cluster > 1:
-            tiles += self.arrival_bytes
+            tiles += sum(self.clustered_bytes)
         return max(tiles, self.partial_bytes)
 
     @property
@@ -216,6 +210,14 @@ class TensorCoreConfig:
         return phi_k, queries, projection, weights
 
     @property
+    def clustered_bytes(self) -> tuple[int, int]:
+        """Shared memory behind that: the block's own part of the keys, and what counts features that arrive, 8 bytes a
+        turn.
+        """
+        own = self.key_turns * self.keys_of_turn // self.cluster
+        return own * self.value_row_bytes, round_up(8 * self.key_turns, CHUNK_BYTES)
+
+    @property
     def keys_of_turn(self) -> int:
         """Keys whose features all warps of a cluster make at once."""
         return ROWS * self.warps_q * self.warps_k * self.cluster
@@ -224,11 +226,6 @@ class TensorCoreConfig:
     def key_turns(self) -> int:
         """How often they do so, at most."""
         return -(-self.length // self.keys_of_turn)
-
-    @property
-    def arrival_bytes(self) -> int:
-        """Shared memory behind all else: what counts the features that arrive from other blocks, 8 bytes a turn."""
-        return round_up(8 * self.key_turns, CHUNK_BYTES)
 
     @property
     def projection_row_bytes(self) -> int:
@@ -327,10 +324,10 @@ def clustered(config: TensorCoreConfig) -> TensorCoreConfig | None:
     """Return the config of the kernel that takes the place of `fused` where the GPU has clusters, if there is one.
 
     In a race on an H100 at 1024 positions clusters of two blocks all ran at once; of four and eight, which would have
-    less to do, some found no place and came second: 16.7 us, and 26 and 27.
+    less to do, some found no place and came second: 16.7 us, and 26 and 27. At 512 `fused` was faster: 10.6 and 12.1.
     """
     one = fused(config)
-    return None if one is None else replace(one, stages=5, cluster=2)
+    return None if one is None or config.length <= FUSED_LENGTH // 2 else replace(one, stages=2, cluster=2)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,6 +7,8 @@ Source: Luo et al. 2021, Eq. 10, multiplied out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tvm
 from tvm.script import tirx as T
 
@@ -61,14 +63,18 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         queries = phi_k + T.uint32(phi_bytes)
         projection = queries + T.uint32(query_bytes)
         strip = projection + T.uint32(projection_bytes)
-        arrivals = let("arrivals", strip + T.uint32(weight_bytes))
-        keys = base + T.uint32(config.stage_bytes)  # where the values of the second tile and later ones come
+        keys = strip + T.uint32(weight_bytes)
+        arrivals = let("arrivals", keys + T.uint32(config.clustered_bytes[0]))
         lane = Lane(config, thread, phi_k, base, strip)
+
+        def in_turns(action: Callable[[int], None]) -> None:
+            for turn in range(config.key_turns):
+                with T.If(turn * config.keys_of_turn < args.n_key), T.Then():
+                    action(turn)
 
         with T.If(thread == 0), T.Then():
             received = T.uint32((size - 1) * warps * ROWS * config.key_row_bytes)
-            for turn in range(config.key_turns):
-                warp.expect(arrivals, 8 * turn, received)
+            in_turns(lambda turn: warp.expect(arrivals, 8 * turn, received))
         warp.cluster_arrive()
         # until here nothing was read that a kernel before may have written
         warp.wait_for_kernels_before()
@@ -76,15 +82,12 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         _load_keys(config, args, keys, thread, b, h, rank)
         load_rows(config, args.query, args.n_query, queries, thread, b, h, first_q, config.tile_q)
         warp.commit()
-
-        def load_stage(stage: int) -> None:
+        for stage in range(config.stages - 1):
             with T.If(stage < tiles), T.Then():
                 _load_values(config, args, base + T.uint32(stage * config.stage_bytes), thread, b, h, stage)
             warp.commit()
-
-        load_stage(0)
         store_projection(config, args.projection, projection, thread)
-        warp.wait(1)
+        warp.wait(config.stages - 1)
         warp.barrier()
 
         rows = (lane.lane % 16) * config.value_row_bytes + lane.lane // 16 * CHUNK_BYTES
@@ -102,29 +105,23 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         warp.address_in_block(remote[0], sent, other)
         warp.address_in_block(remote[1], arrivals, other)
 
-        made = named("made", warp.registers(config.key_turns * 2 * words, "uint32"))
-        for turn in range(config.key_turns):
+        def make_features(turn: int) -> None:
             key = let("key", T.Cast("int64", first + lane.group) + turn * config.keys_of_turn)
             exists = [key < args.n_key, key + 8 < args.n_key]
             packed = sixteen_rows(config, w, of_warp + T.uint32(turn * warps * ROWS * config.value_row_bytes), exists)
-            for i in range(2 * words):
-                T.buffer_store(made, packed[i], [turn * 2 * words + i])
-        for turn in range(config.key_turns):
+            at = turn * config.keys_of_turn * config.key_row_bytes
             for lower in (0, 1):
-                neighbours = [made[(turn * words + tile) * 2 + lower] for tile in range(words)]
-                row = turn * config.keys_of_turn + lower * 8
-                warp.store_words(stored, row * config.key_row_bytes, neighbours)
-        warp.before_send()
-        with T.If(lane.lane < size - 1), T.Then():
-            for turn in range(config.key_turns):
-                at = T.uint32(turn * config.keys_of_turn * config.key_row_bytes)
-                warp.send(remote[0] + at, sent + at, ROWS * config.key_row_bytes, remote[1] + T.uint32(8 * turn))
+                neighbours = [packed[2 * tile + lower] for tile in range(words)]
+                warp.store_words(stored, at + lower * 8 * config.key_row_bytes, neighbours)
+            warp.before_send()
+            with T.If(lane.lane < size - 1), T.Then():
+                to, arrival = remote[0] + T.uint32(at), remote[1] + T.uint32(8 * turn)
+                warp.send(to, sent + T.uint32(at), ROWS * config.key_row_bytes, arrival)
 
+        in_turns(make_features)
         w = load_projection(config, feature_map, projection, lane.lane)
         phi_q = query_features(config, w, let("queries", queries + warp.uint32(rows)), lane)
-        weights.store(strip)  # behind its barriers nobody reads keys
-        for stage in range(1, config.stages - 1):
-            load_stage(stage)
+        weights.store(strip)
 
         sums = Sums(config)
         # where the stage in use lies: a register, see direct_attention
@@ -153,8 +150,7 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
             )
             T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + stage_bytes), [0])
         # a block may end when it has all that is sent to it, and the others all that it sent
-        for turn in range(config.key_turns):
-            warp.wait_for(arrivals + T.uint32(8 * turn))
+        in_turns(lambda turn: warp.wait_for(arrivals + T.uint32(8 * turn)))
         warp.cluster_arrive()
         if config.warps_k > 1:
             add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)

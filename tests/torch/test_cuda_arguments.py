@@ -89,7 +89,7 @@ if op == "backward" and config.dtype == "float32":
         instance, torch.randn(out.shape).mT.contiguous().mT, phi_q, phi_k, value, bias, out, is_causal=False
     )
 if "forward_prf" in loaded.functions:
-    once = "clustered" if "clustered_prf" in loaded.functions else "forward"
+    once = next(kind for kind in ("clustered", "fused", "forward") if kind + "_prf" in loaded.functions)
     assert called == [once + "_prf", once + "_nprf"]
     print(of_each_map, "launches")
 elif "backward_prf" in loaded.functions:
@@ -107,12 +107,12 @@ except ValueError:
     print("checked")
 if "fused_prf" in loaded.functions:
     called.clear()
-    cuda._has_clusters = lambda device: False
+    cuda._runs = lambda one_launch, device: one_launch.cluster == 1
     cuda.attention(instance, *arguments, feature_map="prf", is_causal=True)
     assert called == ["fused_prf"]
     longer = torch.empty(2, 3, config.length + 1, d, dtype=dtype)
     bias = torch.empty(3, n_q + config.length)
-    for name in ("fused_prf", "clustered_prf"):
+    for name in {"fused_prf", "clustered_prf"} & {*loaded.functions}:
         try:
             instance.functions[name](query, longer, longer, bias, torch.empty(m, d), 0, out)
             print("accepted too many keys")
@@ -194,14 +194,15 @@ def test_arguments_of_toeplitz_products_fit(
         (GpuAttentionConfig(2, 3, 512, (8, 8), 32, columns=8), None),
         (TileConfig(3, 5, 64, 1, 1, 2, 2), 4),
         (TensorCoreConfig(6, 8, 64, "bfloat16"), 3),
-        (TensorCoreConfig(6, 16, 64, "bfloat16"), 1),  # of one launch, by clusters and without
+        (TensorCoreConfig(6, 16, 64, "bfloat16"), 1),
+        (TensorCoreConfig(6, 16, 640, "bfloat16"), 1),
         (GpuBackwardConfig(3, 5, 64, (8, 8), 8), 14),
         (GpuBackwardConfig(2, 3, 512, (8, 8), 8, columns=8), None),
         (TensorCoreBackwardConfig(6, 8, 64, "bfloat16", 1, 1, 2, 64), 5),
         (TileBackwardConfig(3, 5, 64, 32, 32, 1), 8),
     ],
     ids=[
-        *("short", "long", "tiles", "tensor cores", "one launch"),
+        *("short", "long", "tiles", "tensor cores", "one launch", "clusters"),
         *("gradients", "long gradients", "gradients on tensor cores", "gradients by tiles"),
     ],
 )

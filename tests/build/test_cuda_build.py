@@ -312,7 +312,7 @@ def test_exporting_packs_tvms_runtime(
     path = build.export(toy_gpu.CONFIG, target, tmp_path)
     assert path == tmp_path / "attention-m3-d8-n64-float32" / "cuda-sm_90"
     assert sorted(file.name for file in (tmp_path / tvm_runtime.PACKED).iterdir()) == sorted(
-        ("LICENSE", *tvm_runtime.LIBRARIES)
+        ("LICENSE", "NOTICE", *tvm_runtime.LIBRARIES)
     )
 
 

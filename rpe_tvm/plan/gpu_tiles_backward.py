@@ -233,8 +233,8 @@ def choose(n: int, num_features: int, head_dim: int, shared_bytes: int = AMPERE_
         If the sums of a block do not fit into registers or shared memory.
     """
     length = gpu_bucket(n)
-    # few rows: larger blocks, so that there are warps for all multiprocessors; fewer: more blocks. The first of each was
-    # the fastest of five on an H100 (8 heads, m = 32, d = 64)
+    # few rows: larger blocks, so that there are warps for all multiprocessors; fewer: more blocks. These were the
+    # fastest of five on an H100 (8 heads, m = 32, d = 64)
     fastest = (32, 128, 1) if 128 <= length <= 512 else (64, 128, 1) if length == 1024 else (64, 64, 2)
     for rows, tile, blocks in (fastest, (64, 64, 1), (32, 64, 1), (64, 32, 1), (32, 32, 1)):
         try:

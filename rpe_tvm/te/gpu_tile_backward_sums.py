@@ -134,7 +134,8 @@ class Sums:
         stride = 4 * threads * (share.groups - 1)
         place = let("place", self.base + warp.uint32(4 * self.thread))
         with T.If(T.And(self.group > 0, self.group < share.groups)), T.Then():
-            mine = let("mine", place + warp.uint32((self.group - 1) * (4 * threads)))
+            # the subtraction in unsigned numbers: TVM would make one of -4 * threads
+            mine = let("mine", place + warp.uint32(self.group * (4 * threads)) - T.uint32(4 * threads))
             with T.unroll(share.sums) as register:
                 warp.store_float(mine + warp.uint32(register * stride), 0, self.registers[register])
         warp.barrier()

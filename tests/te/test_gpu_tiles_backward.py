@@ -28,6 +28,7 @@ pytestmark = pytest.mark.compile
 CONFIGS = {
     "default": TileBackwardConfig(32, 64, 256, 64, 128, 1),
     "odd sizes": TileBackwardConfig(11, 37, 256, 64, 32, 1),
+    "few channels": TileBackwardConfig(5, 7, 256, 32, 128, 1),  # which several groups of warps share
 }
 SENTINEL = 12345.0
 B, H = 2, 2

@@ -176,7 +176,7 @@ def test_numbers(stand_in: StandIn, n_q: int, n_k: int, feature_map: str, is_cau
     tensors = query, key, value, bias, projection
     arrays = [x.double().numpy() for x in (grad_out, *tensors)]
     out = torch.tensor(reference.attention(*arrays[1:], feature_map=feature_map, is_causal=is_causal)[2]).float()
-    found = operators._kernelized_attention_backward_cuda(grad_out, *tensors, out, feature_map, is_causal, True)
+    found = operators.attention_backward_on_gpu(grad_out, *tensors, out, feature_map, is_causal, True)
     _check(found, reference.attention_gradients(*arrays, feature_map, is_causal))
     of_core = ["weights", "grad_queries", "grad_keys", "grad_bias"]
     assert stand_in.calls == [f"features_{feature_map}", *of_core, f"grad_features_{feature_map}"]

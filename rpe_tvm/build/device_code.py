@@ -171,10 +171,17 @@ def _mark_overlapping(device: tvm.IRModule, mod: tvm.IRModule) -> None:
     """Let kernels of functions with `OVERLAP_ATTRIBUTE` be launched early."""
     for function in mod.functions.values():
         if OVERLAP_ATTRIBUTE in function.attrs:
-            for name, kernel in device.functions_items():
-                if str(kernel.attrs["global_symbol"]).startswith(f"{function.attrs['global_symbol']}_kernel"):
-                    tags = [_OVERLAP_TAG, *kernel.attrs[_LAUNCH_PARAMETERS]]
-                    device[name] = kernel.with_attr(_LAUNCH_PARAMETERS, tags)
+            symbol = f"{function.attrs['global_symbol']}_kernel"
+            kernels = [name for name, kernel in device.functions_items() if _symbol(kernel).startswith(symbol)]
+            for name in kernels:
+                tags = [_OVERLAP_TAG, *device[name].attrs[_LAUNCH_PARAMETERS]]
+                device[name] = device[name].with_attr(_LAUNCH_PARAMETERS, tags)
+            if not kernels:
+                raise BuildError(f"The function {symbol} has no kernel in a form that this rpe_tvm knows.")
+
+
+def _symbol(function: Any) -> str:
+    return str(function.attrs["global_symbol"])
 
 
 def _bound_registers(source: str, mod: tvm.IRModule) -> str:

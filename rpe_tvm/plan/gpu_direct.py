@@ -18,7 +18,7 @@ MAX_SHARED_BYTES = 227 * 1024  # what one block may use on sm_90; 163 KiB on sm_
 CHUNK_BYTES = 16  # what a thread copies to shared memory at once
 FUSED_LENGTH = 1024  # keys that the fused kernel takes at most
 FUSED_BLOCKS = 132  # multiprocessors of an H100, which holds one such block each
-CLUSTER_BLOCKS = 128  # of them in whole clusters: a GPC has 16 or 18, and no cluster spans two
+CLUSTER_BLOCKS = 128  # of them in clusters of two: so many found a place at once on an H100
 CLUSTER_ARCH = 90  # the first architecture that has clusters
 
 

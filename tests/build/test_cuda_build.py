@@ -302,6 +302,26 @@ def test_kernels_for_newer_gpus_are_empty_on_older_ones(target: GpuTargetSpec) -
     assert [(use.kernel, use.arch) for use in uses] == [("meet_kernel", "sm_80"), ("meet_kernel", "sm_90")]
 
 
+def test_kernels_that_wait_themselves_are_launched_early(target: GpuTargetSpec) -> None:
+    from rpe_tvm.build import lower_tensor_cores
+    from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+
+    mod = lower_tensor_cores.lower(TensorCoreConfig(3, 16, 640, "bfloat16")).mod
+    functions = {str(f.attrs["global_symbol"]): f for f in mod.functions.values()}
+    early = {name for name, function in functions.items() if device_code.OVERLAP_ATTRIBUTE in function.attrs}
+    assert early == {"clustered_prf", "clustered_nprf"}
+    for name in ("clustered_prf", "fused_prf"):
+        code = device_code.generate(type(mod)({name: functions[name]}), targets.to_tvm(target), "attention")
+        kernel = code.source[code.source.index(f"{name}_kernel(") :]
+        packed = device_code.blob(code, b"")
+        if name in early:
+            before = kernel[kernel.index("{") : kernel.index("griddepcontrol_wait")]
+            assert not re.search(r"\b(query|key|value|rpe_bias|projection|out)_ptr\b", before)
+            assert b"use_programtic_dependent_launch" in packed
+        else:
+            assert "griddepcontrol" not in kernel and b"use_programtic_dependent_launch" not in packed
+
+
 def test_exporting_packs_tvms_runtime(
     cache_dir: Path, target: GpuTargetSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

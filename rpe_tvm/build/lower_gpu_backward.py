@@ -16,9 +16,9 @@ from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.plan.gpu_backward import GpuBackwardConfig
 from rpe_tvm.schedules import gpu, gpu_gradients, gpu_long
 from rpe_tvm.schedules import gpu_backward as schedules
-from rpe_tvm.schedules import gpu_folded_backward as folded
+from rpe_tvm.schedules import gpu_joint_backward as joint
 from rpe_tvm.schedules import gpu_long_backward as gpu_long_backward_schedules
-from rpe_tvm.te import gpu_backward, gpu_backward_calls, gpu_folded_backward, gpu_long_backward, shapes
+from rpe_tvm.te import gpu_backward, gpu_backward_calls, gpu_joint_backward, gpu_long_backward, shapes
 from rpe_tvm.te import gpu_gradients as rows
 from rpe_tvm.te.gpu_features import FEATURE_MAPS
 
@@ -76,7 +76,7 @@ def _short(config: GpuBackwardConfig) -> list[Function]:
     def of_config(schedule: Callable[..., None]) -> Callable[[Schedule], None]:
         return functools.partial(_with, schedule, config)
 
-    kernel, schedule = (gpu_folded_backward, folded) if config.sides_together else (gpu_backward, schedules)
+    kernel, schedule = (gpu_joint_backward, joint) if config.sides_together else (gpu_backward, schedules)
     return [
         ("denominators", gpu_backward.denominators(config, sizes), of_config(schedules.denominators)),
         ("backward", kernel.fft_backward(config, sizes), of_config(schedule.fft_backward)),

@@ -124,7 +124,7 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
         weights.store(strip)
 
         sums = Sums(config)
-        # where the stage in use lies: a register, see direct_attention
+        # where the stage in use lies: a register, see cuda_walk
         used = named("used", warp.registers(1, "uint32"))
         stage_bytes = T.uint32(config.stage_bytes)
         last = T.uint32((config.stages - 1) * config.stage_bytes)

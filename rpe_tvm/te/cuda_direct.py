@@ -20,6 +20,7 @@ from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, ROWS, TensorCoreConfig
 from rpe_tvm.te import cuda_warp as warp
 from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
 from rpe_tvm.te.cuda_tile import CHUNK, Lane, Sums, add_partial_sums, add_tile, share, write
+from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 
 
@@ -85,29 +86,18 @@ def _build(config: TensorCoreConfig) -> None:
         lane = Lane(config, thread, base, base + T.uint32(values), base + T.uint32(weights))
         sums = Sums(config)
         phi_q = _load_queries(config, args, lane, b, h, first_q)
-        for stage in range(config.stages - 1):
-            with T.If(stage < tiles), T.Then():
-                _load_tile(config, args, base + T.uint32(stage * config.stage_bytes), thread, b, h, first_q, stage)
-            warp.commit()
-        # where the stage in use lies: a register, or nvcc keeps the next value of every address made of it in another
-        used = named("used", warp.registers(1, "uint32"))
-        T.buffer_store(used, T.uint32(0), [0])
-        last = T.uint32((config.stages - 1) * config.stage_bytes)
-        size = T.uint32(config.stage_bytes)
-        with T.serial(tiles) as tile:
-            warp.wait(config.stages - 2)
-            warp.barrier()
-            ahead = tile + (config.stages - 1)
-            with T.If(ahead < tiles), T.Then():
-                free = let("free", base + T.Select(used[0] == 0, last, used[0] - size))
-                _load_tile(config, args, free, thread, b, h, first_q, ahead)
-            warp.commit()
+
+        def load(stage: Expr, tile: Expr) -> None:
+            _load_tile(config, args, stage, thread, b, h, first_q, tile)
+
+        def add(used: Expr, tile: Expr) -> None:
             addresses = (
-                let(name, at + used[0])
+                let(name, at + used)
                 for name, at in (("key", lane.keys), ("value", lane.values), ("weight", lane.weights))
             )
             add_tile(config, phi_q, sums, *addresses)
-            T.buffer_store(used, T.Select(used[0] == last, T.uint32(0), used[0] + size), [0])
+
+        walk(config, base, tiles, load, add)
         if config.warps_k > 1:
             add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)
         with T.If(lane.warp_k == 0), T.Then():

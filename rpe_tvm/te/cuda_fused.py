@@ -121,7 +121,7 @@ def _build(config: TensorCoreConfig, feature_map: FeatureMap) -> None:
 
         sums = Sums(config)
         make_features(T.uint32(0), T.uint32(0), T.int32(0))
-        # where the stages in use and next lie: registers, see direct_attention
+        # where the stages in use and next lie: registers, see cuda_walk
         used = named("used", warp.registers(2, "uint32"))
         size = T.uint32(config.stage_bytes)
         last = T.uint32((config.stages - 1) * config.stage_bytes)

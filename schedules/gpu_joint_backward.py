@@ -1,4 +1,4 @@
-"""Schedule of `te.gpu_folded_backward`: one block of threads on a multiprocessor, what it reads each turn beside it."""
+"""Schedule of `te.gpu_joint_backward`: one block of threads on a multiprocessor, what it reads each turn beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rpe_tvm.schedules.gpu_backward import around, decompose, nest, sum_in_regis
 
 
 def fft_backward(sch: Schedule, config: GpuBackwardConfig) -> None:
-    """Schedule `te.gpu_folded_backward.fft_backward`: a block of threads for each (batch, head, feature, remainder)."""
+    """Schedule `te.gpu_joint_backward.fft_backward`: a block of threads for each (batch, head, feature, remainder)."""
     results = {name: sch.get_sblock(name) for name in ("correlation", "of_values", "of_grads")}
     for result in results.values():
         b, h, f, r, *inner, q, pair = sch.get_loops(result)

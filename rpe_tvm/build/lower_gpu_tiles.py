@@ -14,7 +14,7 @@ from rpe_tvm.te.gpu_tile_attention import tile_attention
 
 def lower(config: TileConfig) -> Lowered:
     """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, which launch kernels, and
-    `forward_prf` and `forward_nprf`, which call them.
+    `forward_prf`, `forward_nprf`, `recorded_prf` and `recorded_nprf`, which call them.
 
     Batch, heads and lengths are read from the arguments of each call.
     """

@@ -65,6 +65,7 @@ def _buffers(
             ("phi_q", of_phi, "float32", 4),
             ("phi_k", of_phi, "float32", 4),
             ("table", config.table_shape(heads, n_query, n_key), "float32", 4),
+            ("denominators", (batch, heads, n_query), "float32", 4),
         ]
     if isinstance(config, TensorCoreBackwardConfig):
         rows_q, rows_k, features = n_query, n_key, config.padded_features

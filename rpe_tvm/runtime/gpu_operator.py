@@ -19,6 +19,7 @@ _FEATURES = tuple(f"features_{name}" for name in FEATURE_MAPS)
 _FUSED = tuple(f"fused_{name}" for name in FEATURE_MAPS)
 _CLUSTERED = tuple(f"clustered_{name}" for name in FEATURE_MAPS)
 _FORWARD = tuple(f"forward_{name}" for name in FEATURE_MAPS)
+_RECORDED = tuple(f"recorded_{name}" for name in FEATURE_MAPS)
 _BACKWARD = tuple(f"backward_{name}" for name in FEATURE_MAPS)
 _SHORT_BACKWARD = (
     "denominators",
@@ -54,7 +55,7 @@ def function_names(config: GpuConfig | AnyBackwardConfig) -> tuple[str, ...]:
         launches = (*_FEATURES, "weights", "grad_queries", "grad_keys", "grad_bias", *_GRAD_FEATURES)
         return (*launches, "gradients", *_BACKWARD)
     if isinstance(config, TileConfig):
-        return (*_FEATURES, "weights", "attention", *_FORWARD)
+        return (*_FEATURES, "weights", "attention", *_FORWARD, *_RECORDED)
     if isinstance(config, TensorCoreConfig):
         fused = _FUSED if gpu_direct.fused(config) else ()
         clustered = _CLUSTERED if gpu_direct.clustered(config) else ()

@@ -39,25 +39,32 @@ class _Arguments:
             return ()
         return (self.compact("tables", T.int64(gpu.layout(self.config).size)),)
 
+    def denominators(self) -> tuple[Any, ...]:
+        """What the forward pass by tiles has kept, and whether it has; by FFT they are computed again."""
+        if not isinstance(self.config, TileBackwardConfig):
+            return ()
+        return self.compact("denominators", self.batch, self.heads, self.n_q), T.arg("known", T.int64())
+
     def workspace(self) -> Any:
         return argument("workspace", (self.size,), "uint8")
 
 
 def gradients(config: GpuBackwardConfig | TileBackwardConfig) -> tvm.tirx.PrimFunc:
     """Return the function
-    `gradients(value, rpe_bias, tables, causal, grad_out, out, workspace, grad_value, grad_bias)`.
+    `gradients(value, rpe_bias, tables, causal, grad_out, out, denominators, known, workspace, grad_value, grad_bias)`.
 
     value and grad_value `[B, H, n_k, d]`, grad_out and out `[B, H, n_q, d]`, the last axis contiguous; rpe_bias and
-    grad_bias `[H, n_q + n_k - 1]`; tables as in `plan.gpu`, by tiles left out; causal 0 or 1; workspace bytes, as many
-    as `plan.gpu_workspace` says: `phi_q` and `phi_k` are read there, `grad_phi_q` and `grad_phi_k` written.
+    grad_bias `[H, n_q + n_k - 1]`; tables as in `plan.gpu`, by tiles left out; causal 0 or 1; denominators
+    `[B, H, n_q]` of the forward pass if known is 1, any numbers if it is 0, by tiles only; workspace bytes, as many as
+    `plan.gpu_workspace` says: `phi_q` and `phi_k` are read there, `grad_phi_q` and `grad_phi_k` written.
     """
     with function("gradients") as built:
         a = _Arguments(config)
         value, bias, tables = a.rows("value", a.n_k), a.bias("rpe_bias"), a.tables()
         causal = T.arg("causal", T.int64())
-        grad_out, out, workspace = a.rows("grad_out", a.n_q), a.rows("out", a.n_q), a.workspace()
-        grad_value, grad_bias = a.rows("grad_value", a.n_k), a.bias("grad_bias")
-        arrays = value, bias, *tables, causal, grad_out, out, workspace, grad_value, grad_bias
+        grad_out, out, denominators = a.rows("grad_out", a.n_q), a.rows("out", a.n_q), a.denominators()
+        workspace, grad_value, grad_bias = a.workspace(), a.rows("grad_value", a.n_k), a.bias("grad_bias")
+        arrays = value, bias, *tables, causal, grad_out, out, *denominators, workspace, grad_value, grad_bias
         if isinstance(config, TileBackwardConfig):
             _by_tiles(config, a, *arrays)
         else:
@@ -73,6 +80,8 @@ def _by_tiles(
     causal: Any,
     grad_out: Any,
     out: Any,
+    denominators: Any,
+    known: Any,
     workspace: Any,
     grad_value: Any,
     grad_bias: Any,
@@ -80,9 +89,9 @@ def _by_tiles(
     found, _ = places(config, a.batch, a.heads, a.n_q, a.n_k)
     buffer = {name: piece(workspace, place, place.shape) for name, place in found.items()}
     call("weights", bias, a.n_q, a.n_k, causal, T.int64(config.length), buffer["table"])
-    given = buffer["phi_q"], buffer["phi_k"], buffer["table"], causal, buffer["terms"]
-    call("grad_queries", value, grad_out, out, *given, buffer["grad_phi_q"])
-    call("grad_keys", value, grad_out, *given, buffer["diagonals"], buffer["grad_phi_k"], grad_value)
+    given, terms = (buffer["phi_q"], buffer["phi_k"], buffer["table"], causal), buffer["terms"]
+    call("grad_queries", value, grad_out, out, *given, denominators, known, terms, buffer["grad_phi_q"])
+    call("grad_keys", value, grad_out, *given, terms, buffer["diagonals"], buffer["grad_phi_k"], grad_value)
     call("grad_bias", buffer["diagonals"], a.n_q, a.n_k, causal, grad_bias)
 
 
@@ -129,7 +138,7 @@ def _by_fft(
 
 def backward(config: GpuBackwardConfig | TileBackwardConfig, feature_map: str) -> tvm.tirx.PrimFunc:
     """Return the function `backward_<map>(query, key, value, rpe_bias, projection, tables, causal, grad_out, out,
-    workspace, grad_query, grad_key, grad_value, grad_bias)`.
+    denominators, known, workspace, grad_query, grad_key, grad_value, grad_bias)`.
 
     As `gradients`, with query and grad_query `[B, H, n_q, d]`, key and grad_key `[B, H, n_k, d]`, projection `[m, d]`.
     """
@@ -139,7 +148,8 @@ def backward(config: GpuBackwardConfig | TileBackwardConfig, feature_map: str) -
         bias = a.bias("rpe_bias")
         projection = a.compact("projection", T.int64(config.num_features), T.int64(config.head_dim))
         tables, causal = a.tables(), T.arg("causal", T.int64())
-        grad_out, out, workspace = a.rows("grad_out", a.n_q), a.rows("out", a.n_q), a.workspace()
+        grad_out, out, denominators = a.rows("grad_out", a.n_q), a.rows("out", a.n_q), a.denominators()
+        workspace = a.workspace()
         grad_query, grad_key, grad_value = (
             a.rows("grad_query", a.n_q),
             a.rows("grad_key", a.n_k),
@@ -149,7 +159,8 @@ def backward(config: GpuBackwardConfig | TileBackwardConfig, feature_map: str) -
         found, _ = places(config, a.batch, a.heads, a.n_q, a.n_k)
         phi = [piece(workspace, found[name], found[name].shape) for name in ("phi_q", "phi_k")]
         call(f"features_{feature_map}", query, key, projection, *phi)
-        call("gradients", value, bias, *tables, causal, grad_out, out, workspace, grad_value, grad_bias)
+        inputs = value, bias, *tables, causal, grad_out, out, *denominators
+        call("gradients", *inputs, workspace, grad_value, grad_bias)
         pieces = [piece(workspace, found[x], found[x].shape) for x in ("phi_q", "phi_k", "grad_phi_q", "grad_phi_k")]
         call(f"grad_features_{feature_map}", query, key, projection, *pieces, grad_query, grad_key)
     return built.get()

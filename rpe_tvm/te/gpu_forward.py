@@ -28,14 +28,26 @@ FLOAT_BYTES = 4
 
 
 def forward(config: GpuConfig, feature_map: str) -> tvm.tirx.PrimFunc:
-    """Return the function `forward_<map>(query, key, value, rpe_bias, projection, tables, causal, workspace, out)`.
+    """Return the function `forward_<map>(query, key, value, rpe_bias, projection, tables, causal, workspace, out)`."""
+    return _forward(config, feature_map, is_recorded=False)
+
+
+def recorded(config: TileConfig, feature_map: str) -> tvm.tirx.PrimFunc:
+    """Return the function `recorded_<map>(query, key, value, rpe_bias, projection, causal, workspace, denominators,
+    out)`: `forward_<map>` for which gradients will be asked, denominators `[B, H, n_q]` being what they take from it.
+    """
+    return _forward(config, feature_map, is_recorded=True)
+
+
+def _forward(config: GpuConfig, feature_map: str, is_recorded: bool) -> tvm.tirx.PrimFunc:
+    """Return either function.
 
     Arguments of the function: query and out `[B, H, n_q, d]`, key and value `[B, H, n_k, d]`, in the config's dtype and
     with strides as the functions that are called take them; rpe_bias `[H, n_q + n_k - 1]` and projection `[m, d]`
     float32; tables as in `plan.gpu`, by tiles left out; causal 0 or 1; workspace bytes, as many as
     `plan.gpu_workspace` says.
     """
-    with function(f"forward_{feature_map}") as built:
+    with function(f"{'recorded' if is_recorded else 'forward'}_{feature_map}") as built:
         batch, heads, n_q, n_k, size = (named(x, T.int64()) for x in ("batch", "heads", "n_query", "n_key", "size"))
         d = T.int64(config.head_dim)
 
@@ -53,15 +65,17 @@ def forward(config: GpuConfig, feature_map: str) -> tvm.tirx.PrimFunc:
             tables = compact("tables", T.int64(gpu.layout(config).size))
         causal = T.arg("causal", T.int64())
         workspace = argument("workspace", (size,), "uint8")
+        kept = {"denominators": compact("denominators", batch, heads, n_q)} if is_recorded else {}
         out = rows("out", n_q)
 
         found, _ = places(config, batch, heads, n_q, n_k)
-        buffer = {name: piece(workspace, place, place.shape) for name, place in found.items()}
+        buffer = {name: piece(workspace, place, place.shape) for name, place in found.items()} | kept
         call(f"features_{feature_map}", query, key, projection, buffer["phi_q"], buffer["phi_k"])
         if isinstance(config, TensorCoreConfig | TileConfig):
             origin = round_up(n_q, config.tile_q)
             call("weights", bias, n_q, n_k, causal, origin, buffer["table"])
-            call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, out)
+            sums = (buffer["denominators"],) if isinstance(config, TileConfig) else ()
+            call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, *sums, out)
         else:
             call("largest", bias, n_q, n_k, causal, buffer["largest"])
             call("spectrum", bias, buffer["largest"], n_q, n_k, causal, tables, buffer["spectrum"])

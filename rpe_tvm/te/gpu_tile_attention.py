@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from rpe_tvm.plan.gpu_direct import CHUNK_BYTES, WARP
 from rpe_tvm.plan.gpu_tiles import COLUMNS, FLOAT_BYTES, PIECE, ROWS, TileConfig
 from rpe_tvm.te import cuda_warp as warp
-from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named
+from rpe_tvm.te.cuda_function import argument, blocks_at_once, function, let, named, only_if
 from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 from rpe_tvm.te.gpu_tile import (
@@ -37,12 +37,13 @@ from rpe_tvm.te.gpu_tile import (
 
 
 def tile_attention(config: TileConfig) -> tvm.tirx.PrimFunc:
-    """Return the scheduled function `attention(phi_q, phi_k, value, table, causal, out)` for CUDA.
+    """Return the scheduled function `attention(phi_q, phi_k, value, table, causal, denominators, out)` for CUDA.
 
     Arguments of the function, all float32: phi_q and phi_k `[B, H, m, P]`, zero past n; value `[B, H, n_k, d]` and out
     `[B, H, n_q, d]` with any strides, the last axis contiguous; table `[H, width]`, c[t] at index
     t + round_up(n_q, tile_q), of at least as many entries plus round_up(n_k, tile_k); causal 0 or 1: whether keys after
-    a query take no part. All sizes but m, d and P are read from the arguments.
+    a query take no part; denominators `[B, H, n_q]`: become sum_j (phi_q_i . phi_k_j) c[j-i], which gradients take. All
+    sizes but m, d and P are read from the arguments.
     """
     with function("attention") as built:
         _build(config)
@@ -57,6 +58,7 @@ class _Arguments:
     phi_k: Buffer
     value: Buffer
     table: Buffer
+    denominators: Buffer
     out: Buffer
     n_query: Expr
     n_key: Expr
@@ -72,8 +74,9 @@ def _arguments(config: TileConfig) -> tuple[_Arguments, Expr, Expr]:
     value = argument("value", (batch, heads, n_key, channels), "float32", strided=True, align=FLOAT_BYTES)
     table = argument("table", (heads, width), "float32")
     causal = T.arg("causal", T.int64())
+    denominators = argument("denominators", (batch, heads, n_query), "float32", align=FLOAT_BYTES)
     out = argument("out", (batch, heads, n_query, channels), "float32", strided=True, align=FLOAT_BYTES)
-    return _Arguments(phi_q, phi_k, value, table, out, n_query, n_key, causal), batch, heads
+    return _Arguments(phi_q, phi_k, value, table, denominators, out, n_query, n_key, causal), batch, heads
 
 
 class _Sums:
@@ -273,12 +276,14 @@ def _add_shares(config: TileConfig, lane: Lane, base: Expr, sums: _Sums) -> tupl
 def _write(
     config: TileConfig, args: _Arguments, lane: Lane, first: Expr, sums: _Sums, b: Expr, h: Expr, first_q: Expr
 ) -> None:
-    """Write the quotients of a lane's rows from `first` on, those that exist."""
+    """Write the quotients and denominators of a lane's rows from `first` on, those that exist."""
     whole = in_pieces(args.out)
     for at in range(sums.rows):
         warp.sum_over_lanes(sums.denominator, at, COLUMN_BITS)
         row = let("row", first_q + lane.row + lane.of_rows * PIECE + row_of(first + at))
         with T.If(row < args.n_query), T.Then():
+            with only_if(lane.of_columns == 0):
+                T.buffer_store(args.denominators, sums.denominator[at], [b, h, row])
             for piece in range(config.channel_pieces):
                 number = at * sums.channels + piece * PIECE
                 for i in range(PIECE):

@@ -6,7 +6,8 @@ With G = grad_out, w_i = -G_i . out_i and C the Toeplitz weights, for each pair 
 
     grad phi_q_i = sum_j T_ij c[j-i] phi_k_j / den_i
 
-2 m + d multiplications for each pair. w and 1 / den are written for the keys' gradients.
+m + d multiplications for each pair, and m more where the forward pass has not kept den. w and 1 / den are written for
+the keys' gradients.
 Source: Luo et al. 2021, Eq. 10, differentiated (`reference.attention_gradients`).
 """
 
@@ -29,12 +30,13 @@ from rpe_tvm.te.gpu_tile_backward_sums import Sums
 
 
 def query_gradients(config: TileBackwardConfig) -> tvm.tirx.PrimFunc:
-    """Return the scheduled function `grad_queries(value, grad_out, out, phi_q, phi_k, table, causal, terms,
-    grad_phi_q)` for CUDA.
+    """Return the scheduled function `grad_queries(value, grad_out, out, phi_q, phi_k, table, causal, denominators,
+    known, terms, grad_phi_q)` for CUDA.
 
     Arguments of the function, all float32: value `[B, H, n_k, d]`, grad_out and out `[B, H, n_q, d]` with any strides,
     the last axis contiguous; phi_q, phi_k `[B, H, m, P]`, zero past the last position; table `[H, 2 P]`, c[t] at index
-    P + t; causal 0 or 1; terms `[2, B, H, P]`: becomes w and 1 / den, both 0 where den is 0 or there is no query;
+    P + t; causal 0 or 1; denominators `[B, H, n_q]` of the forward pass if known is 1, else they are computed; terms
+    `[2, B, H, P]`: becomes w and 1 / den, both 0 where den is 0 or there is no query;
     grad_phi_q `[B, H, m, 1, P]`: written in the blocks that hold queries.
     """
     with function("grad_queries") as built:
@@ -51,6 +53,8 @@ class _Arguments:
     phi_k: Buffer
     table: Buffer
     causal: Expr
+    denominators: Buffer
+    known: Expr
     terms: Buffer
     grad_phi: Buffer
     n_query: Expr
@@ -68,9 +72,12 @@ def _arguments(config: TileBackwardConfig) -> tuple[_Arguments, Expr, Expr]:
     phi_q, phi_k = (argument(f"phi_{name}", (batch, heads, m, length), "float32") for name in "qk")
     table = argument("table", (heads, 2 * length), "float32")
     causal = T.arg("causal", T.int64())
+    denominators = argument("denominators", (batch, heads, n_query), "float32", align=4)
+    known = T.arg("known", T.int64())
     terms = argument("terms", (T.int64(2), batch, heads, length), "float32")
     grad_phi = argument("grad_phi_q", (batch, heads, m, T.int64(1), length), "float32")
-    return _Arguments(value, grad_out, out, phi_q, phi_k, table, causal, terms, grad_phi, n_query, n_key), batch, heads
+    arrays = value, grad_out, out, phi_q, phi_k, table, causal, denominators, known, terms, grad_phi
+    return _Arguments(*arrays, n_query, n_key), batch, heads
 
 
 def _build(config: TileBackwardConfig) -> None:
@@ -123,7 +130,7 @@ def _build(config: TileBackwardConfig) -> None:
                 return T.And(walked < left, walked < before + kept)
 
             is_partial = let("is_partial", T.min(left, before) < config.tile)
-            _add_tile(config, pairs, sums, denominator, used, is_partial, allows)
+            _add_tile(config, pairs, sums, denominator, args.known, used, is_partial, allows)
 
         walk(config, base, tiles, load, add)
         _finish(config, args, thread, base, pairs, sums, denominator, b, h, first_q)
@@ -157,6 +164,7 @@ def _add_tile(
     pairs: Pairs,
     sums: Sums,
     denominator: Buffer,
+    known: Expr,
     used: Expr,
     is_partial: Expr,
     allows: Allows,
@@ -175,8 +183,9 @@ def _add_tile(
             at = i * KEPT + j
             T.buffer_store(numbers, meet(i, j, (numbers[at] + terms[j]) * weight(i, j)), [at])
 
-    pairs.of_features(used, numbers)
-    pairs.where_they_meet(is_partial, allows, add_scores)
+    with T.If(known == 0), T.Then():
+        pairs.of_features(used, numbers)
+        pairs.where_they_meet(is_partial, allows, add_scores)
     pairs.of_channels(used, numbers)
     terms = named("kept_terms", warp.registers(KEPT, "float32"))
     warp.load_four(terms, 0, pairs.kept_terms, 0)
@@ -212,12 +221,16 @@ def _finish(
     with T.If(thread < config.rows), T.Then():
         total, part, term = (named(name, warp.registers(1, "float32")) for name in ("total", "part", "term"))
         T.buffer_store(total, T.float32(0), [0])
-        of_row = let("of_row", base + warp.uint32(pairs_at + 4 * thread))
-        for walked in range(config.tile // WALKED):
-            warp.load_float(part, 0, of_row, 4 * walked * config.rows)
-            T.buffer_store(total, total[0] + part[0], [0])
-        warp.load_float(term, 0, base + warp.uint32(terms_at + 4 * thread), 0)
         row = let("row", first_q + thread)
+        with T.If(args.known != 0):
+            with T.Then(), T.If(row < args.n_query), T.Then():
+                T.buffer_store(total, args.denominators[b, h, row], [0])
+            with T.Else():
+                of_row = let("of_row", base + warp.uint32(pairs_at + 4 * thread))
+                for walked in range(config.tile // WALKED):
+                    warp.load_float(part, 0, of_row, 4 * walked * config.rows)
+                    T.buffer_store(total, total[0] + part[0], [0])
+        warp.load_float(term, 0, base + warp.uint32(terms_at + 4 * thread), 0)
         passes = let("passes", T.And(total[0] != T.float32(0), row < args.n_query))
         inverse = let("inverse", T.Select(passes, T.float32(1) / total[0], T.float32(0)))
         T.buffer_store(args.terms, T.Select(passes, term[0], T.float32(0)), [0, b, h, row])

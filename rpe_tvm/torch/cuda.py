@@ -83,6 +83,26 @@ def launch(instance: GpuInstance, query: Tensor, key: Tensor, feature_map: str, 
     return call_one_by_one
 
 
+# as `Launch`; returns what `torch.cuda_backward.attention_backward` takes as denominators
+Recorded = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]
+
+
+def launch_recorded(instance: GpuInstance, query: Tensor, key: Tensor, feature_map: str, is_causal: bool) -> Recorded:
+    """`launch`, for calls whose gradients will be asked for."""
+    config, causal = instance.config, int(is_causal)
+    if not isinstance(config, TileConfig):
+        without = launch(instance, query, key, feature_map, is_causal)
+        return lambda q, k, v, b, w, out: without(q, k, v, b, w, out)
+    forward, size = instance.functions[f"recorded_{feature_map}"], _workspace_bytes(config, query.shape, key.shape[2])
+
+    def call(q: Tensor, k: Tensor, v: Tensor, b: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        denominators = w.new_empty(q.shape[:3])
+        forward(q, k, v, b, w, causal, torch.empty(size, dtype=torch.uint8, device=q.device), denominators, out)
+        return denominators
+
+    return call
+
+
 def attention_on_features(
     instance: GpuInstance,
     phi_q: Tensor,
@@ -187,7 +207,7 @@ def _by_tiles(
     heads, n_q, n_k, causal = out.shape[1], out.shape[2], value.shape[2], int(is_causal)
     table = value.new_empty(config.table_shape(heads, n_q, n_k))
     instance.functions["weights"](rpe_bias, n_q, n_k, causal, gpu_direct.round_up(n_q, config.tile_q), table)
-    instance.functions["attention"](*phi, value, table, causal, out)
+    instance.functions["attention"](*phi, value, table, causal, value.new_empty(out.shape[:3]), out)
 
 
 Weights = tuple[Tensor, Tensor, int, int, int]  # rpe_bias, its largest entry of each head, n_q, n_k, whether causal

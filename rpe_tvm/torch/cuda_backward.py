@@ -55,6 +55,7 @@ def attention_backward(
     feature_map: str,
     is_causal: bool,
     of_projection: bool,
+    denominators: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``sum(grad_out * out)``, features included, on arguments that are known to fit.
 
@@ -74,6 +75,9 @@ def attention_backward(
         As in the forward pass.
     of_projection : bool
         Whether the projection's gradient is wanted; else it is 0.
+    denominators : Tensor or None
+        ``[B, H, n_q]``: what a forward pass by tiles has kept (`rpe_tvm.torch.cuda.launch_recorded`); None: they are
+        computed again.
 
     Returns
     -------
@@ -92,7 +96,8 @@ def attention_backward(
         grad_bias = torch.empty_like(rpe_bias)
         if _is_one_call(config):
             inputs = query, key, value, rpe_bias, projection, *_tables(config, query), int(is_causal), grad_out, out
-            instance.functions[f"backward_{feature_map}"](*inputs, workspace, *grads, grad_bias)
+            sums = _denominators(config, denominators, out)
+            instance.functions[f"backward_{feature_map}"](*inputs, *sums, workspace, *grads, grad_bias)
         else:
             phi, grad_phi = ([views(f"{kind}_{name}") for name in "qk"] for kind in ("phi", "grad_phi"))
             instance.functions[f"features_{feature_map}"](query, key, projection, *phi)
@@ -181,7 +186,8 @@ def attention_on_features_backward(
         grad_value, grad_bias = torch.empty(value.shape, device=value.device), torch.empty_like(rpe_bias)
         if _is_one_call(config):
             inputs = value, rpe_bias, *_tables(config, value), int(is_causal), grad_out, out
-            instance.functions["gradients"](*inputs, workspace, grad_value, grad_bias)
+            sums = _denominators(config, None, out)
+            instance.functions["gradients"](*inputs, *sums, workspace, grad_value, grad_bias)
         else:
             phi, grad_phi = ([views(f"{kind}_{name}") for name in "qk"] for kind in ("phi", "grad_phi"))
             cuda_long_backward.gradients(
@@ -211,6 +217,15 @@ def _is_one_call(config: Float32Config) -> bool:
 def _tables(config: Float32Config, x: Tensor) -> tuple[Tensor, ...]:
     """The constant tables of the FFT on x's device."""
     return () if isinstance(config, TileBackwardConfig) else (constant_tables(config, x.device),)
+
+
+def _denominators(config: Float32Config, denominators: Tensor | None, out: Tensor) -> tuple[Tensor | int, ...]:
+    """What gradients by tiles take as denominators and whether these are known; by FFT they never are."""
+    if not isinstance(config, TileBackwardConfig):
+        return ()
+    if denominators is None:
+        return out.new_empty(out.shape[:3]), 0
+    return denominators, 1
 
 
 def _workspace(config: Float32Config, query: Tensor, key: Tensor) -> tuple[Tensor, Callable[[str], Tensor]]:

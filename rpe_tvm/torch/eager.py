@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
 from rpe_tvm.torch import operators
-from rpe_tvm.torch.cuda import Launch, current_gpu, is_in_whole_pieces, launch
+from rpe_tvm.torch.cuda import Launch, Recorded, current_gpu, is_in_whole_pieces, launch, launch_recorded
 from rpe_tvm.torch.dispatch import get_gpu_operator, when_forgotten
 from rpe_tvm.torch.feature_maps import FeatureMap
 from rpe_tvm.torch.plain import is_plain, records_gradients
@@ -25,7 +25,7 @@ MOST_CALLS = 1024
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, rpe_bias, projection
 
-_known: dict[tuple[Any, ...], Launch] = {}
+_known: dict[tuple[Any, ...], tuple[Launch, Recorded]] = {}
 when_forgotten(_known.clear)
 
 
@@ -44,8 +44,8 @@ def attention(
         return None
     if records_gradients(*tensors):
         record: Any = _Attention.apply
-        return cast(Tensor, record(*tensors, feature_map.name, is_causal, known))
-    return _run(known, tensors)
+        return cast(Tensor, record(*tensors, feature_map.name, is_causal, known[1]))
+    return _run(known[0], tensors)[0]
 
 
 def remember(
@@ -61,8 +61,8 @@ def remember(
     if all(map(rows_fit, tensors[:3])) and all(x.is_contiguous() and x.dtype == torch.float32 for x in tensors[3:]):
         if len(_known) >= MOST_CALLS:
             _known.clear()
-        known = launch(instance, query, key, feature_map.name, is_causal)
-        _known[_signature(tensors, feature_map, is_causal)] = known
+        call = instance, query, key, feature_map.name, is_causal
+        _known[_signature(tensors, feature_map, is_causal)] = launch(*call), launch_recorded(*call)
 
 
 def _is_last_axis_contiguous(x: Tensor) -> bool:
@@ -74,12 +74,13 @@ def _signature(tensors: Tensors, feature_map: FeatureMap, is_causal: bool) -> tu
     return (feature_map.name, is_causal, *itertools.chain.from_iterable(parts))
 
 
-def _run(known: Launch, tensors: Tensors) -> Tensor:
+def _run(known: Launch | Recorded, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
+    """The output, and what a recorded call keeps beside it."""
     query = tensors[0]
     out = operators.empty_output(query)
     with current_gpu(query):
-        known(*tensors, out)
-    return out
+        kept = known(*tensors, out)
+    return out, kept
 
 
 class _Attention(torch.autograd.Function):
@@ -88,13 +89,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         tensors, (ctx.feature_map, ctx.is_causal, known) = arguments[:5], arguments[5:]
-        out = _run(known, cast(Tensors, tensors))
-        ctx.save_for_backward(*tensors, out)
+        out, denominators = _run(known, cast(Tensors, tensors))
+        ctx.save_for_backward(*tensors, out, denominators)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = grad_out, *ctx.saved_tensors, ctx.feature_map, ctx.is_causal, ctx.needs_input_grad[4]
+        *tensors, denominators = ctx.saved_tensors
+        arguments = grad_out, *tensors, ctx.feature_map, ctx.is_causal, ctx.needs_input_grad[4], denominators
         # where gradients of these gradients are asked for, the operator says that there are none
         is_last = not torch.is_grad_enabled() and is_plain(grad_out)
         operator: Any = torch.ops.rpe_tvm.kernelized_attention_backward

@@ -27,7 +27,8 @@ torch.library.define(
 torch.library.define(
     "rpe_tvm::kernelized_attention_backward",
     "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor rpe_bias, Tensor projection, Tensor out, "
-    "str feature_map, bool is_causal, bool of_projection) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str feature_map, bool is_causal, bool of_projection, Tensor? denominators=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -206,6 +207,7 @@ def _kernelized_attention_backward(
     feature_map: str,
     is_causal: bool,
     of_projection: bool,
+    denominators: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     n_q, n_k = query.shape[2], key.shape[2]
     if out.numel() == 0 or n_k == 0:
@@ -236,8 +238,12 @@ def attention_backward_on_gpu(
     feature_map: str,
     is_causal: bool,
     of_projection: bool,
+    denominators: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients' kernel for GPUs, of query, key, value, rpe_bias and projection."""
+    """The gradients' kernel for GPUs, of query, key, value, rpe_bias and projection.
+
+    denominators are what the forward pass has kept, if it has; CPUs compute them again.
+    """
     n = max(query.shape[2], key.shape[2])
     if out.numel() == 0 or key.shape[2] == 0:
         return tuple(x.new_zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
@@ -257,6 +263,7 @@ def attention_backward_on_gpu(
         feature_map=feature_map,
         is_causal=is_causal,
         of_projection=of_projection,
+        denominators=denominators,
     )
 
 
@@ -271,6 +278,7 @@ def _kernelized_attention_backward_fake(
     feature_map: str,
     is_causal: bool,
     of_projection: bool,
+    denominators: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (query, key, value, rpe_bias, projection))
 

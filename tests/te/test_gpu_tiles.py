@@ -70,6 +70,7 @@ class Problem:
             self.weights[:, n_query:] = 0
         self.written = _rows(n_query, d, shift, SENTINEL)
         self.out = self.written[:, :n_query].transpose(0, 2, 1, 3)
+        self.denominators = np.full((batch, heads, n_query), np.nan, np.float32)
 
     def run(self, kernel: Kernel, late: bool = True, backwards: bool = False) -> np.ndarray:
         config, (batch, heads, *_) = self.config, self.out.shape
@@ -78,23 +79,30 @@ class Problem:
         table[:, origin - self.n_query + 1 :][:, : self.weights.shape[1]] = self.weights
         sizes = dict(batch=batch, heads=heads, n_query=self.n_query, n_key=self.n_key, width=table.shape[1])
         buffers = dict(phi_q=self.phi_q, phi_k=self.phi_k, value=self.value, table=table, out=self.out)
+        buffers["denominators"] = self.denominators
         arguments = {**_strides(value=self.value, out=self.out), **sizes, **buffers, "causal": int(self.causal)}
         kernel((origin // config.tile_q, heads, batch), arguments, late, backwards)
         assert (self.written[:, self.n_query :] == SENTINEL).all()
         return self.out
 
-    def expected(self) -> np.ndarray:
-        """The result in float64; of keys that a causal mask hides nothing is added."""
-        phi_q, phi_k, value, weights = (
-            x.astype(np.float64) for x in (self.phi_q, self.phi_k, self.value, self.weights)
-        )
-        offset = np.arange(self.n_key) - np.arange(self.n_query)[:, None]
+    def scores(self) -> np.ndarray:
+        """Weighted scores in float64, 0 where a causal mask hides the key."""
+        phi_q, phi_k, weights = (x.astype(np.float64) for x in (self.phi_q, self.phi_k, self.weights))
         with np.errstate(invalid="ignore"):
             scores = np.einsum("bhmi,bhmj->bhij", phi_q[..., : self.n_query], phi_k[..., : self.n_key])
-            scores = scores * weights[:, offset + self.n_query - 1]
-            terms = scores[..., None] * value[:, :, None]
+            scores = scores * weights[:, self.offset() + self.n_query - 1]
+            return np.where(self.offset() > 0, 0, scores) if self.causal else scores
+
+    def offset(self) -> np.ndarray:
+        return np.arange(self.n_key) - np.arange(self.n_query)[:, None]
+
+    def expected(self) -> np.ndarray:
+        """The result in float64; of keys that a causal mask hides nothing is added."""
+        scores = self.scores()
+        with np.errstate(invalid="ignore"):
+            terms = scores[..., None] * self.value[:, :, None].astype(np.float64)
             if self.causal:
-                scores, terms = np.where(offset > 0, 0, scores), np.where(offset[..., None] > 0, 0, terms)
+                terms = np.where(self.offset()[..., None] > 0, 0, terms)
             return terms.sum(3) / scores.sum(3)[..., None]
 
 
@@ -109,6 +117,7 @@ def test_attention(attention: Any, n_query: int, n_key: int, causal: bool, late:
     out = problem.run(kernel, late, backwards)
     # every row for itself: each is a quotient of sums of positive weights
     np.testing.assert_allclose(out, problem.expected(), rtol=0, atol=3e-6)
+    np.testing.assert_allclose(problem.denominators, problem.scores().sum(3), rtol=3e-6)
 
 
 def test_a_launch_has_its_shared_memory() -> None:

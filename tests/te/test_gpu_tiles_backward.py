@@ -109,7 +109,9 @@ class Problem:
             terms = np.where(meet[..., None], scores[..., None] * self.value[:, :, None].astype(np.float64), 0)
             return (terms.sum(3) / scores.sum(3)[..., None]).astype(np.float32)
 
-    def run(self, kernels: Kernels, late: bool = True, backwards: bool = False) -> dict[str, np.ndarray]:
+    def run(
+        self, kernels: Kernels, late: bool = True, backwards: bool = False, known: bool = False
+    ) -> dict[str, np.ndarray]:
         config, length = self.config, self.config.length
         n_query, n_key, m = self.phi_q.shape[2], self.phi_k.shape[2], config.num_features
         phi_q, phi_k = (np.zeros((B, H, m, length), np.float32) for _ in range(2))
@@ -124,8 +126,10 @@ class Problem:
         grad_bias = np.full(self.bias.shape, np.nan, np.float32)
         given = dict(value=self.value, grad_out=self.grad_out, out=self.out())
         strided = {name: _rows(x)[0] for name, x in given.items()} | dict(grad_value=grad_value)
+        denominators = self.scores().sum(3) if known else np.full((B, H, n_query), np.nan)
         arguments: dict[str, Any] = dict(batch=B, heads=H, n_query=n_query, n_key=n_key)
         arguments |= dict(causal=int(self.causal), offsets=n_query + n_key - 1)
+        arguments |= dict(denominators=denominators.astype(np.float32), known=int(known))
         arguments |= dict(phi_q=phi_q, phi_k=phi_k, table=table, terms=terms, diagonals=diagonals)
         arguments |= dict(grad_phi_q=grads[0], grad_phi_k=grads[1], grad_rpe_bias=grad_bias)
         arguments |= _strides(**strided) | strided
@@ -159,7 +163,7 @@ def _check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolera
 )
 def test_gradients(kernels: Kernels, n_query: int, n_key: int, causal: bool, late: bool, backwards: bool) -> None:
     problem = Problem(kernels.config, n_query, n_key, causal)
-    found, expected = problem.run(kernels, late, backwards), problem.expected()
+    found, expected = problem.run(kernels, late, backwards, known=late != backwards), problem.expected()
     if n_query == n_key == 1:  # all but the value's are 0, up to rounding errors
         size = np.abs(problem.grad_out).max() * np.abs(problem.value).max() * kernels.config.head_dim
         assert all(np.abs(found[name]).max() < 1e-6 * size for name in ("phi_q", "phi_k", "rpe_bias"))
@@ -261,10 +265,11 @@ def test_what_is_not_finite_reaches_what_depends_on_it(kernels: Kernels, where: 
         assert np.linalg.norm(x - y) <= 2e-6 * np.linalg.norm(y), name
 
 
-def test_rows_without_weight_pass_nothing(kernels: Kernels) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_without_weight_pass_nothing(kernels: Kernels, known: bool) -> None:
     problem = Problem(kernels.config, 70, 70, causal=True)
     problem.bias[:, 70 - 20 :] = -np.inf  # keys that lie at least 20 back have a weight
-    found, expected = problem.run(kernels), problem.expected()
+    found, expected = problem.run(kernels, known=known), problem.expected()
     assert np.isnan(problem.out()[:, :, :20]).all() and (found["phi_q"][:, :, :20] == 0).all()
     _check(found, expected, 2e-6)
 

@@ -67,17 +67,17 @@ class StandIn:
     def __init__(self, config: GpuConfig) -> None:
         self.config = config
         self.calls: list[str] = []
-        functions = {name: self._logged(name) for name in function_names(config) if not name.startswith("forward")}
+        whole = "forward", "recorded"
+        functions = {name: self._logged(name) for name in function_names(config) if not name.startswith(whole)}
         self.instance = GpuInstance(config, functions)
 
     def add_forward(self, directory: Path) -> None:
         """Add the compiled functions that call the others."""
-        from rpe_tvm.te.gpu_forward import forward
+        from rpe_tvm.build.lower_forward import forward_functions
 
         functions = dict(self.instance.functions)
-        for name in MAPS:
-            compiled = calls_on_cpu.compile_calls(forward(self.config, name), self.instance.functions, directory)
-            functions[f"forward_{name}"] = compiled
+        for name, function in forward_functions(self.config).items():
+            functions[name] = calls_on_cpu.compile_calls(function, self.instance.functions, directory)
         self.instance = GpuInstance(self.config, functions)
 
     def _logged(self, name: str) -> Any:
@@ -194,13 +194,17 @@ class TileStandIn(StandIn):
             weights[:, n_q:] = 0
         table[:, origin - n_q + 1 : origin + n_k] = weights
 
-    def attention(self, phi_q: Any, phi_k: Any, value: Any, table: Any, causal: int, out: Any) -> None:
+    def attention(
+        self, phi_q: Any, phi_k: Any, value: Any, table: Any, causal: int, denominators: Any, out: Any
+    ) -> None:
         n_q, n_k = out.shape[2], value.shape[2]
+        assert denominators.shape == out.shape[:3] and denominators.is_contiguous()
         assert phi_q.is_contiguous() and phi_k.is_contiguous() and value.stride(3) == out.stride(3) == 1
         offset = torch.arange(n_k) - torch.arange(n_q)[:, None]
         scores = phi_q.mT[:, :, :n_q] @ phi_k[..., :n_k] * table[:, offset + gpu_direct.round_up(n_q, 32)]
         assert not causal or bool((scores[..., offset > 0] == 0).all())
-        out.copy_(scores @ value / scores.sum(-1, keepdim=True))
+        denominators.copy_(scores.sum(-1))
+        out.copy_(scores @ value / denominators[..., None])
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +257,19 @@ def test_the_sequence_of_functions(stand_in: StandIn, n_q: int, n_k: int, is_cau
     np.testing.assert_allclose(out.numpy(), want, rtol=1e-4, atol=1e-5)
     assert stand_in.calls == [f"features_{name}", *_calls(stand_in)]
     assert out.transpose(1, 2).is_contiguous()  # as query
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_what_is_kept_for_gradients(stand_in: StandIn, is_causal: bool) -> None:
+    inputs = _inputs(20, 30)
+    out = torch.full(inputs[0].shape, torch.nan)
+    kept = cuda.launch_recorded(stand_in.instance, inputs[0], inputs[1], "nprf", is_causal)(*inputs, out)
+    _, sums, want = reference.attention(*(x.numpy() for x in inputs), feature_map="nprf", is_causal=is_causal)
+    np.testing.assert_allclose(out.numpy(), want, rtol=1e-4, atol=1e-5)
+    assert (kept is not None) == (stand_in.config is TILES)
+    if kept is not None:
+        ratio = kept.numpy() / sums  # one for each head: weights are exp(b - max b)
+        np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1, :, :1], ratio.shape), rtol=1e-4)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -49,8 +49,14 @@ def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def forward(q: Any, k: Any, v: Any, b: Any, w: Any, *rest: Any) -> None:
         rest[-1].copy_(_dense(q, k, v, b, w, bool(rest[-3])))
 
+    def recorded(q: Any, k: Any, v: Any, b: Any, w: Any, causal: int, workspace: Any, kept: Any, out: Any) -> None:
+        forward(q, k, v, b, w, causal, workspace, out)
+        kept.copy_(out.sum(-1))
+
     def backward(grad_out: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        *tensors, _, _, is_causal, _ = arguments
+        *tensors, out, _, is_causal, _, kept = arguments
+        assert (kept is not None) == isinstance(request.param, TileConfig)
+        assert kept is None or torch.equal(kept, out.sum(-1))
         tensors = [x.detach().requires_grad_() for x in tensors]
         with torch.enable_grad():
             return torch.autograd.grad(_dense(*tensors, is_causal), tensors, grad_out)
@@ -60,7 +66,10 @@ def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         inner(*arguments)
 
     inner = attention._check_inputs
-    instance = GpuInstance(request.param, {"forward_prf": forward, "forward_nprf": forward})
+    functions = {
+        f"{kind}_{name}": f for name in ("prf", "nprf") for kind, f in (("forward", forward), ("recorded", recorded))
+    }
+    instance = GpuInstance(request.param, functions)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(attention, "_check_inputs", check)
     monkeypatch.setattr(operators, "attention_backward_on_gpu", backward)

@@ -83,13 +83,16 @@ class StandIn:
         phi_k: Any,
         table: Any,
         causal: int,
+        denominators: Any,
+        known: int,
         terms: Any,
         grad_phi: Any,
     ) -> None:
         n_q, n_k = out.shape[2], value.shape[2]
         scores, weights = self._scores(phi_q, phi_k, table, n_q, n_k)
         assert value.stride(3) == grad_out.stride(3) == out.stride(3) == 1 and terms.shape == (2, B, H, P)
-        denominator = scores.sum(-1)
+        assert denominators.shape == (B, H, n_q) and denominators.is_contiguous()
+        denominator = denominators.double() if known else scores.sum(-1)
         passes = denominator != 0
         terms[0, :, :, :n_q] = torch.where(passes, -(grad_out.double() * out).sum(-1), 0)
         terms[1, :, :, :n_q] = torch.where(passes, 1 / denominator, 0)
@@ -168,15 +171,21 @@ def _check(found: tuple[torch.Tensor, ...], want: Any) -> None:
 @pytest.mark.parametrize(
     ("n_q", "n_k", "feature_map", "is_causal"), [(100, 128, "prf", False), (70, 37, "nprf", True), (1, 9, "prf", False)]
 )
-def test_numbers(stand_in: StandIn, n_q: int, n_k: int, feature_map: str, is_causal: bool) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_numbers(stand_in: StandIn, n_q: int, n_k: int, feature_map: str, is_causal: bool, kept: bool) -> None:
     g = torch.Generator().manual_seed(n_q)
     query, grad_out = torch.randn(2, B, n_q, H, D, generator=g).transpose(2, 3).unbind()
     key, value = torch.randn(2, B, H, n_k, D + 1, generator=g)[..., 1:].unbind()
     bias, projection = torch.randn(H, n_q + n_k - 1, generator=g), torch.randn(M, D, generator=g)
     tensors = query, key, value, bias, projection
     arrays = [x.double().numpy() for x in (grad_out, *tensors)]
-    out = torch.tensor(reference.attention(*arrays[1:], feature_map=feature_map, is_causal=is_causal)[2]).float()
-    found = operators.attention_backward_on_gpu(grad_out, *tensors, out, feature_map, is_causal, True)
+    _, sums, out = (
+        torch.tensor(x).float() for x in reference.attention(*arrays[1:], feature_map=feature_map, is_causal=is_causal)
+    )
+    # the reference's weights are relative to the largest of all, the kernels' to the largest that a mask leaves
+    largest = bias[:, : n_q if is_causal else None].amax(1)
+    denominators = sums * (bias.amax(1) - largest).exp()[:, None] if kept else None
+    found = operators.attention_backward_on_gpu(grad_out, *tensors, out, feature_map, is_causal, True, denominators)
     _check(found, reference.attention_gradients(*arrays, feature_map, is_causal))
     of_core = ["weights", "grad_queries", "grad_keys", "grad_bias"]
     assert stand_in.calls == [f"features_{feature_map}", *of_core, f"grad_features_{feature_map}"]

@@ -122,6 +122,14 @@ class TileBackwardConfig:
         return self.rows * self.tile // (KEPT * WALKED)
 
     @property
+    def at_once(self) -> int:
+        """Turns of a loop that nvcc sees as one: it loads for the next while it multiplies.
+
+        Where there are few tiles the longer code takes more time to arrive than that saves.
+        """
+        return 2 if self.length <= 512 else 4
+
+    @property
     def features(self) -> int:
         """Features in shared memory, zero from `num_features` on."""
         return round_up(self.num_features, FOUR)

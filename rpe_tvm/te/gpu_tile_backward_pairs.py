@@ -36,6 +36,17 @@ def spread(thread: Expr, kept: int) -> tuple[Expr, Expr]:
     return along + number % (kept // span) * span, across + number // (kept // span) * (WARP // span)
 
 
+def repeat(count: int, action: Callable[[Expr], None], at_once: int) -> None:
+    """Call `action(i)` for i < count in a loop that makes `at_once` calls in a turn, and the rest behind it."""
+    turns, rest = divmod(count, at_once)
+    if turns:
+        with T.serial(turns) as turn, T.unroll(at_once) as i:
+            action(turn * at_once + i)
+    if rest:
+        with T.unroll(rest) as i:
+            action(turns * at_once + i)
+
+
 class Pairs:
     """A thread's pairs: rows 4 g + i and tile / 2 + 4 g + i of a tile, and kept rows 4 h + i.
 
@@ -74,7 +85,8 @@ class Pairs:
         warp.zero(sums, PAIRS)
         x, y = (named(name, warp.registers(count, "float32")) for name, count in (("x", WALKED), ("y", KEPT)))
         walked = let("walked_at", self.walked_features + used)
-        with T.serial(config.features // FOUR) as four:
+
+        def add_four(four: Expr) -> None:
             of_walked = let("of_walked", walked + warp.uint32(four * (4 * in_fours(FOUR, config.tile))))
             of_kept = let("of_kept", self.kept_features + warp.uint32(four * (4 * in_fours(FOUR, config.rows))))
             with T.unroll(FOUR) as feature:
@@ -86,13 +98,16 @@ class Pairs:
                     at = i * KEPT + j
                     T.buffer_store(sums, sums[at] + x[i] * y[j], [at])
 
+        repeat(config.features // FOUR, add_four, config.at_once)
+
     def of_channels(self, used: Expr, sums: Buffer) -> None:
         """Make the products over channels, one channel after the other."""
         config = self.config
         warp.zero(sums, PAIRS)
         x, y = (named(name, warp.registers(count, "float32")) for name, count in (("x", FOUR), ("y", FOUR * KEPT)))
         walked = let("walked_at", self.walked_channels + used)
-        with T.serial(config.channels // FOUR) as four:
+
+        def add_four(four: Expr) -> None:
             of_walked = let("of_walked", walked + warp.uint32(four * CHUNK_BYTES))
             of_kept = let("of_kept", self.kept_channels + warp.uint32(four * CHUNK_BYTES))
             with T.unroll(KEPT) as j:
@@ -103,6 +118,8 @@ class Pairs:
                 with T.unroll(FOUR) as channel, T.unroll(KEPT) as j:
                     at = i * KEPT + j
                     T.buffer_store(sums, sums[at] + x[channel] * y[j * FOUR + channel], [at])
+
+        repeat(config.channels // FOUR, add_four, config.at_once)
 
     def load_weights(self, used: Expr, sign: int) -> Callable[[Expr, Expr], Expr]:
         """Load the weights of the thread's pairs; returns that of a pair.

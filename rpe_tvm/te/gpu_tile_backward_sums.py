@@ -11,7 +11,7 @@ from rpe_tvm.plan.gpu_tiles_backward import COLUMNS, FOUR, PAIR_PADDING, ROWS, T
 from rpe_tvm.te import cuda_warp as warp
 from rpe_tvm.te.cuda_function import let, named, only_if
 from rpe_tvm.te.cuda_warp import Buffer, Expr
-from rpe_tvm.te.gpu_tile_backward_pairs import Allows, spread
+from rpe_tvm.te.gpu_tile_backward_pairs import Allows, repeat, spread
 
 
 class Sums:
@@ -117,8 +117,9 @@ class Sums:
                         new = old + x[i] * y[j * rows_at_once + row % rows_at_once]
                         T.buffer_store(self.registers, new if meet is None else T.Select(meet, new, old), [at])
 
-        with only_if(None if self.is_all else self.group < self.share.groups), T.serial(self.walked // FOUR) as four:
-            add_four(four)
+        with only_if(None if self.is_all else self.group < self.share.groups):
+            # tiles that a mask cuts are few: their code stays short
+            repeat(self.walked // FOUR, add_four, config.at_once if allows is None else 1)
 
     def kept_row(self, i: Expr) -> Expr:
         """Return the i-th of the thread's kept rows."""

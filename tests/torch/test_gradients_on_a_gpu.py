@@ -44,15 +44,17 @@ def _errors(tensors, want):
 @pytest.mark.parametrize(("n_q", "n_k"), [(63, 64), (100, 37), (500, 700), (2000, 1999), (4096, 3000)])
 def test_values(n_q, n_k, is_causal, kind):
     tensors = _tensors(n_q, n_k)
-    out = kernelized_attention(*tensors[:4], feature_map=kind(tensors[4]), is_causal=is_causal)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    grad_out = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).cuda()
     # the first causal rows have few terms and carry the rounding errors of the longest sums, see docs/operators.md
     if is_causal:
         grad_out[:, :, : n_q // 4] = 0
-    out.backward(grad_out)
     arrays = [x.detach().double().cpu().numpy() for x in (grad_out, *tensors)]
     want = reference.attention_gradients(*arrays, kind(tensors[4]).name, is_causal)
-    assert max(_errors(tensors, want)) < (1e-4 if is_causal else 1e-5)
+    for _ in range(2):  # an equal call keeps its denominators
+        for x in tensors:
+            x.grad = None
+        kernelized_attention(*tensors[:4], feature_map=kind(tensors[4]), is_causal=is_causal).backward(grad_out)
+        assert max(_errors(tensors, want)) < (1e-4 if is_causal else 1e-5)
 
 
 @pytest.mark.parametrize("config", [(64, 128, 1), (64, 64, 2), (64, 64, 1), (32, 64, 1), (64, 32, 1), (32, 32, 1)])

@@ -191,9 +191,14 @@ def test_a_cuda_graph():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="only one GPU")
 def test_another_gpu():
     inputs = _inputs(100, 100, device="cuda:1")
-    out = kernelized_attention(*inputs, feature_map=_feature_map(device="cuda:1"))
-    assert out.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-    assert _error(out, _expected(inputs, _feature_map())) < 2e-6
+    want = _expected(inputs, _feature_map())
+    inputs[0].requires_grad_()
+    for _ in range(2):  # the second call is known
+        out = kernelized_attention(*inputs, feature_map=_feature_map(device="cuda:1"))
+        assert out.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+        assert _error(out.detach(), want) < 2e-6
+        (grad,) = torch.autograd.grad(out.sum(), inputs[0])
+        assert grad.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
     with pytest.raises(ValueError, match=r"device of key: expected cuda:1.*got cuda:0"):
         kernelized_attention(inputs[0], inputs[1].to("cuda:0"), *inputs[2:], feature_map=_feature_map(device="cuda:1"))
 

@@ -8,6 +8,11 @@ step() {
   printf '\n== %s\n' "$1"
 }
 
+# Processes of the tests share the cores: threads of OpenMP that have nothing to do shall sleep, not spin.
+export OMP_WAIT_POLICY=passive
+# Some images set it, and every process that tests start would compile our modules anew.
+unset PYTHONDONTWRITEBYTECODE
+
 step "Debian packages"
 bash scripts/debian_packages.sh
 step "ruff"

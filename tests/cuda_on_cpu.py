@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 PRELUDE = r"""
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector>
 using std::max; using std::min;
@@ -31,11 +31,20 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static Dim threadIdx, blockIdx;
 alignas(64) static unsigned char shared_memory[262144];
-static ucontext_t scheduler;
-static std::vector<ucontext_t> fibers;
+// where it stopped: unlike swapcontext, going there takes no system call
+struct Fiber { ucontext_t start; jmp_buf place; bool begun; };
+static jmp_buf scheduler;
+static std::vector<Fiber> fibers;
 static int running;
 static std::vector<char> waiting;  // at a barrier of the block
-static void pause() { int self = running; swapcontext(&fibers[self], &scheduler); }
+static void __attribute__((noinline)) pause() { if (_setjmp(fibers[running].place) == 0) _longjmp(scheduler, 1); }
+static void __attribute__((noinline)) resume() {
+  Fiber& fiber = fibers[running];
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.start);
+}
 static void barrier() { waiting[running] = 1; pause(); }
 #define __syncthreads() barrier()
 #define __syncwarp() pause()
@@ -51,18 +60,19 @@ static void barrier() { waiting[running] = 1; pause(); }
 LAUNCHER = r"""
 static void** arguments;
 static std::vector<char> done;
-static void enter() { call_kernel(arguments); done[running] = 1; }
+static std::vector<char> stacks;
+static void enter() { call_kernel(arguments); done[running] = 1; _longjmp(scheduler, 1); }
 // Runs the threads of one block in the order of `order` (1 forwards, -1 backwards) between barriers.
 extern "C" int run_block(int bx, int by, int bz, int threads, int order, void** a) {
   const size_t stack = 1 << 18;
-  std::vector<char*> stacks(threads);
-  fibers.assign(threads, ucontext_t()); done.assign(threads, 0); waiting.assign(threads, 0);
+  stacks.resize(stack * threads);
+  fibers.assign(threads, Fiber()); done.assign(threads, 0); waiting.assign(threads, 0);
   arguments = a; blockIdx = {bx, by, bz};
   for (int t = 0; t < threads; t++) {
-    stacks[t] = (char*)malloc(stack);
-    getcontext(&fibers[t]);
-    fibers[t].uc_stack.ss_sp = stacks[t]; fibers[t].uc_stack.ss_size = stack; fibers[t].uc_link = &scheduler;
-    makecontext(&fibers[t], enter, 0);
+    ucontext_t& start = fibers[t].start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = stacks.data() + stack * t; start.uc_stack.ss_size = stack;
+    makecontext(&start, enter, 0);
   }
   int left = threads, status = 0;
   while (left > 0) {
@@ -71,7 +81,7 @@ extern "C" int run_block(int bx, int by, int bz, int threads, int order, void** 
       int t = order > 0 ? k : threads - 1 - k;
       if (done[t] || waiting[t]) continue;
       running = t; threadIdx = {t, 0, 0};
-      swapcontext(&scheduler, &fibers[t]);
+      resume();
       left -= done[t];
       resumed++;
     }
@@ -80,7 +90,6 @@ extern "C" int run_block(int bx, int by, int bz, int threads, int order, void** 
       waiting.assign(threads, 0);
     }
   }
-  for (char* s : stacks) free(s);
   return status;
 }
 """
@@ -114,7 +123,8 @@ def compile_block(source: str, directory: Path, name: str | None = None) -> tupl
     path = directory / f"{found}.cc"
     path.write_text(unit, encoding="utf-8")
     library = path.with_suffix(".so")
-    subprocess.run(["g++", "-O1", "-w", "-std=c++17", "-shared", "-fPIC", "-o", library, path], check=True)
+    # C++14: what later standards add to the headers takes as long to read as a kernel to compile
+    subprocess.run(["g++", "-O1", "-w", "-std=gnu++14", "-shared", "-fPIC", "-o", library, path], check=True)
     return ctypes.CDLL(str(library)).run_block, names, types
 
 
@@ -124,13 +134,13 @@ def compile_kernel(source: str, directory: Path, name: str) -> Callable[..., Non
     Returns
     -------
     callable
-        ``run(block, threads, arguments)``: block indices (x, y, z); arguments by name, NumPy arrays and integers, named
-        as in the source but for the ``_ptr`` of pointers. Threads run in both orders between barriers, on copies, and
-        must agree; then in place.
+        ``run(grid, threads, arguments)``: numbers of blocks (x, y, z); arguments by name, NumPy arrays and integers,
+        named as in the source but for the ``_ptr`` of pointers. Threads run in both orders between barriers, on copies,
+        and must agree; then in place.
     """
     entry, names, _ = compile_block(source, directory, name)
 
-    def run(block: Sequence[int], threads: int, arguments: dict[str, Any]) -> None:
+    def run(grid: Sequence[int], threads: int, arguments: dict[str, Any]) -> None:
         results = []
         for order in (-1, 1):
             copies = {
@@ -140,8 +150,9 @@ def compile_kernel(source: str, directory: Path, name: str) -> Callable[..., Non
             }
             holders = [_pointer(copies[key]) for key in names]
             pointers = (ctypes.c_void_p * len(holders))(*(address for address, _ in holders))
-            if entry(*block, threads, order, pointers) != 0:
-                raise RuntimeError(f"{name}: threads of block {tuple(block)} wait at different barriers")
+            for z, y, x in np.ndindex(*grid[::-1]):
+                if entry(x, y, z, threads, order, pointers) != 0:
+                    raise RuntimeError(f"{name}: threads of block {(x, y, z)} wait at different barriers")
             results.append(copies)
         for key in names:
             if isinstance(arguments[key], np.ndarray):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -71,7 +70,6 @@ def _function(name: str, parameters: Any, launches: Any, source: str, directory:
         arrays = {each: x.numpy() for each, x in given.items() if isinstance(x, torch.Tensor)}
         for launch, kernel in zip(launches, kernels, strict=True):
             grid, threads = ([sizes_by_rules.value(rule, sizes) for rule in launch[kind]] for kind in ("grid", "block"))
-            for z, y, x in np.ndindex(*grid[::-1]):
-                kernel((x, y, z), threads[0], {**sizes, **arrays})
+            kernel(grid, threads[0], {**sizes, **arrays})
 
     return run

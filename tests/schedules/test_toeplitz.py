@@ -17,18 +17,19 @@ AVX2 = targets.preset("haswell")
 
 def check(operator):
     random = np.random.default_rng(0)
-    d = operator.config.head_dim
-    weights = random.standard_normal((3, 59 + 64 - 1)).astype("f4")
-    x, grad = (random.standard_normal((2, 3, n, d)).astype("f4") for n in (64, 59))
-    out, sums = np.full((2, 3, 59, d), np.nan, "f4"), np.full((2, 3, 2, 64, 2), np.nan, "f4")
+    d, n = operator.config.head_dim, operator.config.length
+    n_out = n - 5
+    weights = random.standard_normal((3, n_out + n - 1)).astype("f4")
+    x, grad = (random.standard_normal((2, 3, size, d)).astype("f4") for size in (n, n_out))
+    out, sums = np.full((2, 3, n_out, d), np.nan, "f4"), np.full((2, 3, 2, n, 2), np.nan, "f4")
     operator.matmul(weights, x, out)
-    expected = reference.toeplitz_dense(weights, x, 59)
+    expected = reference.toeplitz_dense(weights, x, n_out)
     assert np.linalg.norm(out - expected) < 1e-6 * np.linalg.norm(expected)
     operator.correlation(grad, x, sums)
     assert np.isfinite(sums).all()
     # by Parseval, sum of g_i^2 over i is the correlation's offset 0; so is the mean of both parities' spectra
     operator.correlation(x, x, sums)
-    spectrum = sums[..., 0].astype("f8").sum((2, 3)) / (2 * 64)
+    spectrum = sums[..., 0].astype("f8").sum((2, 3)) / (2 * n)
     np.testing.assert_allclose(spectrum, (x.astype("f8") ** 2).sum((2, 3)), rtol=1e-5)
 
 
@@ -40,7 +41,7 @@ def test_values(d, lanes):
 
 def test_all_threads_work_on_one_product(monkeypatch):
     monkeypatch.setitem(of_machine._SCHEDULES, "x86_64", replace(x86.SCHEDULES, task_floats=0))
-    check(runtime.load_toeplitz(build.compile_operator(ToeplitzConfig(32, 64, (8,), (8,), 8), AVX2)))
+    check(runtime.load_toeplitz(build.compile_operator(ToeplitzConfig(32, 16, (4,), (4,), 8), AVX2)))
 
 
 def test_both_operators_in_one_directory(artefacts, tmp_path, monkeypatch):

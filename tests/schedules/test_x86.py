@@ -56,11 +56,11 @@ def test_long_sequences_have_all_threads_work_on_one_product(monkeypatch):
     shorter = replace(long, length=32768, inner=(8, 8, 2))
     assert [x86.SCHEDULES.default_choices(config).cooperative for config in (long, shorter)] == [True, False]
     monkeypatch.setitem(of_machine._SCHEDULES, "x86_64", replace(x86.SCHEDULES, task_floats=0))
-    check(AttentionConfig(16, 64, 64, "fft", (8,), (8,), lanes=8), HERE, 60, 64)
+    check(AttentionConfig(16, 64, 16, "fft", (4,), (4,), lanes=8), HERE, 15, 16)
 
 
 def test_sixteen_lanes_and_a_one_stage_split():
-    check(AttentionConfig(16, 64, 64, "fft", (8,), (8,), lanes=16), HERE, 64, 64)
+    check(AttentionConfig(16, 64, 16, "fft", (4,), (4,), lanes=16), HERE, 16, 16)
 
 
 @pytest.mark.parametrize(

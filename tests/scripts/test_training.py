@@ -32,7 +32,7 @@ def script(monkeypatch):
 @pytest.fixture
 def char_lm(script, monkeypatch):
     module = script("train_char_lm")
-    sizes = module.Sizes(length=12, batch=2, layers=1, width=8, heads=2, features=4)
+    sizes = module.Sizes(length=12, batch=2, layers=1, width=16, heads=2, features=8)
     monkeypatch.setattr(module, "QUICK", sizes)
     monkeypatch.setattr(module, "FULL", sizes)
     return module
@@ -41,7 +41,7 @@ def char_lm(script, monkeypatch):
 @pytest.fixture
 def shapes(script, monkeypatch):
     module = script("train_shapes")
-    sizes = module.Sizes(grid=9, batch=2, layers=1, width=8, heads=2, features=4)
+    sizes = module.Sizes(grid=9, batch=2, layers=1, width=16, heads=2, features=8)
     monkeypatch.setattr(module, "QUICK", sizes)
     monkeypatch.setattr(module, "FULL", sizes)
     return module

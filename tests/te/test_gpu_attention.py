@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,14 @@ def run_attention(
     def strides(name: str, x: np.ndarray) -> dict[str, int]:
         return {f"{name}_stride{axis}": x.strides[axis] // 4 for axis in range(x.ndim - 1)}
 
+    compiled = functools.cache(functools.partial(compile_kernel, source, directory))
+
     def launch(name: str, grid: tuple[int, int, int], threads: int, **arguments: Any) -> None:
-        run = compile_kernel(source, directory, name)
         sizes = {"batch": batch, "heads": heads, "n_query": n_q, "n_key": n_k, "causal": int(is_causal)}
         for each, array in list(arguments.items()):
             if each in ("query", "key", "value", "out"):
                 sizes |= strides(each, array)
-        for z in range(grid[2]):
-            for y in range(grid[1]):
-                for x in range(grid[0]):
-                    run((x, y, z), threads, {**sizes, **arguments})
+        compiled(name)(grid, threads, {**sizes, **arguments})
 
     phi_q, phi_k = empty(batch, heads, m, length), empty(batch, heads, m, length)
     tiles, threads = length // 64, 64 * min(-(-m // 8), 4)

@@ -132,10 +132,7 @@ class Emulated:
                     sizes[size] = x.shape[-2]
         if kernel == "grad_value_kernel":
             sizes["n_key"] = arguments["out"].shape[2]
-        for z in range(grid[2]):
-            for y in range(grid[1]):
-                for x in range(grid[0]):
-                    self.kernels[kernel]((x, y, z), threads, sizes | arguments)
+        self.kernels[kernel](grid, threads, sizes | arguments)
 
     def features(self, name: str, query: Any, key: Any, projection: Any, phi_q: Any, phi_k: Any) -> None:
         # those of the forward pass, and tested with it

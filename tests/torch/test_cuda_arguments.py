@@ -6,9 +6,11 @@ and tensors on the CPU say that they are on a GPU.
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,10 +36,32 @@ import fake_gpu
 
 pytestmark = pytest.mark.compile
 
+ROOT = Path(__file__).resolve().parents[2]
+
 try:
     nvcc.find()
 except CompilerNotFoundError as error:
     pytest.skip(str(error), allow_module_level=True)
+
+# Imports torch once, and runs every piece of code that it is sent in a process of its own.
+_SERVER = """
+import json, os, sys
+import torch, tvm_ffi
+import rpe_tvm.runtime
+from rpe_tvm.torch import cuda, cuda_backward, cuda_toeplitz
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if os.fork() == 0:
+        for name, stream in (("out", 1), ("errors", 2)):
+            os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT), stream)
+        os.environ["FAKE_GPU"] = job["gpu"]
+        sys.argv[1:] = job["arguments"]
+        exec(job["code"], {"__name__": "__main__"})
+        sys.exit()
+    os.wait()
+    print(flush=True)
+"""
 
 _CODE = """
 import ctypes, sys
@@ -157,6 +181,37 @@ except (TypeError, ValueError):
 )
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """A process of `_SERVER`, for which the driver's libraries are fakes."""
+    package = tvm_runtime.installed()
+    assert package is not None
+    fake = fake_gpu.write_libraries(tmp_path_factory.mktemp("fake"), package)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(fake)}
+    started = subprocess.Popen(
+        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    yield started
+    started.communicate(timeout=60)
+
+
+@pytest.fixture
+def said(server: subprocess.Popen[str], tmp_path: Path) -> Callable[..., str]:
+    """What code prints where it finds a GPU ``compute capability:bytes of shared memory``."""
+
+    def run(code: str, *arguments: str, gpu: str) -> str:
+        out, errors = tmp_path / "out", tmp_path / "errors"
+        job = {"code": code, "arguments": arguments, "gpu": gpu, "out": str(out), "errors": str(errors)}
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "\n"
+        assert "Error" not in errors.read_text(), errors.read_text()[-4000:]
+        return out.read_text()
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("config", "calls", "launches"),
     [
@@ -177,14 +232,11 @@ def test_arguments_of_toeplitz_products_fit(
     launches: int,
     cache_dir: Path,
     tmp_path: Path,
-    run_python: Callable[..., subprocess.CompletedProcess[str]],
+    said: Callable[..., str],
 ) -> None:
     build.export(config, targets.preset("sm_90"), tmp_path / "artefacts")  # machine code for sm_80, too
-    package = tvm_runtime.installed()
-    assert package is not None
-    fake = fake_gpu.write_libraries(tmp_path / "fake", package)
-    done = run_python(_TOEPLITZ, str(tmp_path / "artefacts"), LD_LIBRARY_PATH=str(fake), FAKE_GPU="80:166912")
-    assert done.stdout == f"{calls}\n{launches} launches\nchecked\n"
+    found = said(_TOEPLITZ, str(tmp_path / "artefacts"), gpu="80:166912")
+    assert found == f"{calls}\n{launches} launches\nchecked\n"
 
 
 @pytest.mark.parametrize(
@@ -211,12 +263,9 @@ def test_arguments_fit(
     launches: int | None,
     cache_dir: Path,
     tmp_path: Path,
-    run_python: Callable[..., subprocess.CompletedProcess[str]],
+    said: Callable[..., str],
 ) -> None:
     target = targets.preset("sm_90")
     build.export(config, replace(target, architectures=("sm_90",)), tmp_path / "artefacts")
-    package = tvm_runtime.installed()
-    assert package is not None
-    fake = fake_gpu.write_libraries(tmp_path / "fake", package)
-    done = run_python(_CODE, str(tmp_path / "artefacts"), config.op, LD_LIBRARY_PATH=str(fake), FAKE_GPU="90:232448")
-    assert done.stdout == ("" if launches is None else f"{launches} launches\n") + "checked\n"
+    found = said(_CODE, str(tmp_path / "artefacts"), config.op, gpu="90:232448")
+    assert found == ("" if launches is None else f"{launches} launches\n") + "checked\n"

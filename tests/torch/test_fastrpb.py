@@ -13,7 +13,7 @@ from rpe_tvm.torch import FastRPB, FastRPB2d
 
 pytestmark = pytest.mark.compile
 
-B, H, D, LENGTH = 2, 3, 16, 12
+B, H, D, LENGTH = 2, 3, 8, 12
 
 
 def filled(module):
@@ -106,9 +106,9 @@ def test_errors():
         FastRPB(H, LENGTH, "half")
     with pytest.raises(ShapeError, match="max_length: expected a positive integer, got 0"):
         FastRPB(H, 0)
-    with pytest.raises(ShapeError, match=r"value: expected \[B, 3, n, d\], got \[2, 4, 5, 16\]"):
+    with pytest.raises(ShapeError, match=r"value: expected \[B, 3, n, d\], got \[2, 4, 5, 8\]"):
         FastRPB(H, LENGTH)(torch.zeros(B, 4, 5, D))
-    with pytest.raises(ShapeError, match=r"height \* width = 6, d\], got \[2, 3, 5, 16\]"):
+    with pytest.raises(ShapeError, match=r"height \* width = 6, d\], got \[2, 3, 5, 8\]"):
         FastRPB2d(H, LENGTH)(torch.zeros(B, H, 5, D), 2, 3)
     with pytest.raises(DTypeError, match="dtype of x: expected torch.float32, got torch.float64"):
         FastRPB(H, LENGTH)(torch.zeros(B, H, 5, D, dtype=torch.float64))

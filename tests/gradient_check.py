@@ -25,10 +25,10 @@ def check_gradients(instance: Instance, n_q: int, n_k: int, is_causal: bool = Fa
     out = scores @ value / scores.sum(-1, keepdims=True)
     q, k, v, b, g, o = (torch.from_numpy(x).float() for x in (phi_q, phi_k, value, rpe_bias, grad_out, out))
     phi = feature_memory(config, 2, 3, n_q, n_k)
-    for features, buffer in ((q, phi[0]), (k, phi[1])):
+    for features, buffer in ((q, phi.query), (k, phi.key)):
         pack_features(config, features, buffer)
     found = attention_backward(instance, g, o, phi, v, b, is_causal)
-    got = (unpack_features(config, found.phi[0], n_q), unpack_features(config, found.phi[1], n_k), *found[1:])
+    got = (unpack_features(config, found.phi.query, n_q), unpack_features(config, found.phi.key, n_k), *found[1:])
     want = reference.core_gradients(grad_out, phi_q, phi_k, value, rpe_bias, is_causal)
     for name, x, y in zip(want._fields, got, want, strict=True):
         assert np.linalg.norm(x.numpy() - y) < 2e-5 * np.linalg.norm(y), name

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,10 @@ FEATURE_MAPS = ("nprf", "prf")
 FUNCTIONS = (*(f"features_{name}" for name in FEATURE_MAPS), "weights", "attention")
 
 _ALIGNMENT = 64  # a cache line: kernels accept any address and run fastest from here
-_SCRATCH_BYTES = 64 << 20  # a thread keeps at most this much of each of the three intermediates
+_SCRATCH_BYTES = 64 << 20  # a thread keeps at most this much of each intermediate
+_MOST_VIEWS = 256  # on that memory, for each thread: those of a model with a few lengths. More begin anew.
+
+T = TypeVar("T")
 
 
 def backward_functions(config: AttentionConfig) -> tuple[str, ...]:
@@ -253,9 +256,9 @@ def run(
     batch, heads, n_q, _ = query.shape
     n_k = key.shape[2]
     phi_shape = twiddles.feature_shape(config, batch, heads, n_q, n_k)
-    phi_q = _scratch.take("phi_q", phi_shape)
-    phi_k = _scratch.take("phi_k", phi_shape)
-    table = _scratch.take("table", twiddles.weight_table_shape(config, heads, n_q, n_k))
+    phi_q = scratch("phi_q", phi_shape)
+    phi_k = scratch("phi_k", phi_shape)
+    table = scratch("table", twiddles.weight_table_shape(config, heads, n_q, n_k))
     features = functions[f"features_{feature_map}"]
     features(query, projection, phi_q)
     features(key, projection, phi_k)
@@ -283,28 +286,47 @@ class _Scratch(threading.local):
 
     Fresh memory costs a page fault for every page at its first use: measured, a tenth of a call at n = 4096
     and more below. A thread keeps one block per intermediate, grown to the largest call up to
-    `_SCRATCH_BYTES`, until it ends.
+    `_SCRATCH_BYTES`, until it ends, and what was made of it for each shape.
     """
 
     def __init__(self) -> None:
         self._blocks: dict[str, FloatArray] = {}
+        self._views: dict[tuple[str, tuple[int, ...], Any], Any] = {}
 
-    def take(self, name: str, shape: Sequence[int]) -> FloatArray:
+    def take(self, name: str, shape: tuple[int, ...], view_as: Callable[[FloatArray], T]) -> T:
+        known: T | None = self._views.get((name, shape, view_as))
+        return self._view(name, shape, view_as) if known is None else known
+
+    def _view(self, name: str, shape: tuple[int, ...], view_as: Callable[[FloatArray], T]) -> T:
         size = math.prod(shape)
         block = self._blocks.get(name)
         if block is None or block.size < size:
             block = aligned_empty((size,))
-            if block.nbytes <= _SCRATCH_BYTES:
-                self._blocks[name] = block
-        return block[:size].reshape(shape)
+            if block.nbytes > _SCRATCH_BYTES:
+                return view_as(block.reshape(shape))
+            self._blocks[name] = block
+            self._views = {at: view for at, view in self._views.items() if at[0] != name}
+        if len(self._views) >= _MOST_VIEWS:
+            self._views.clear()
+        view = self._views[name, shape, view_as] = view_as(block[:size].reshape(shape))
+        return view
 
 
 _scratch = _Scratch()
 
 
-def scratch(name: str, shape: Sequence[int]) -> FloatArray:
+def _as_array(array: FloatArray) -> FloatArray:
+    return array
+
+
+def scratch(name: str, shape: tuple[int, ...]) -> FloatArray:
     """Uninitialised memory of this thread, valid until its next call with the same name."""
-    return _scratch.take(name, shape)
+    return _scratch.take(name, shape, _as_array)
+
+
+def scratch_view(name: str, shape: tuple[int, ...], view_as: Callable[[FloatArray], T]) -> T:
+    """As `scratch`, what `view_as` makes of the array. It is kept: to make it takes longer than to start a kernel."""
+    return _scratch.take(name, shape, view_as)
 
 
 def as_tensor(name: str, array: Any, *, writable: bool = False) -> tvm_ffi.Tensor:

@@ -15,7 +15,8 @@ from rpe_tvm.torch.core import toeplitz_attention
 from rpe_tvm.torch.devices import check_device
 from rpe_tvm.torch.feature_maps import COMPILED, FeatureMap, FeatureMapFunction
 from rpe_tvm.torch.padding import without_padding
-from rpe_tvm.torch.plain import is_plain_call
+from rpe_tvm.torch.plain import is_plain, records_gradients
+from rpe_tvm.torch.recorded import Tensors, recorded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -103,10 +104,19 @@ def kernelized_attention(
 def _compiled(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, projection: Tensor, feature_map: str, is_causal: bool
 ) -> Tensor:
-    """The operator; on a GPU, whose kernels may take less time than the dispatcher, past that if nothing needs it."""
-    if q.is_cuda and is_plain_call(q, k, v, b, projection):
+    """The operator; past torch's dispatcher, which may take longer than its kernels, if nothing needs it."""
+    tensors = q, k, v, b, projection
+    if (q.is_cuda or q.is_cpu) and is_plain(*tensors):
         operators.check_projection(projection, q.shape[3])  # what _check_inputs has not seen
-        return operators.attention_on_gpu(q, k, v, b, projection, feature_map, is_causal)
+        kernel = operators.attention_on_gpu if q.is_cuda else operators.attention_on_cpu
+        if not records_gradients(*tensors):
+            return kernel(*tensors, feature_map, is_causal)
+        if q.is_cpu:
+
+            def forward(given: Tensors) -> tuple[Tensor, None]:
+                return kernel(*given, feature_map, is_causal), None
+
+            return recorded(forward, tensors, feature_map, is_causal)
     return cast(Tensor, torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, projection, feature_map, is_causal))
 
 

@@ -20,23 +20,23 @@ from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import BLOCK, frequencies, weight_table_shape
 from rpe_tvm.runtime import Instance
-from rpe_tvm.torch.layouts import last_axis_contiguous, scratch_tensor
+from rpe_tvm.torch.layouts import Sides, last_axis_contiguous, scratch_sides, scratch_tensor
 
 
 class Gradients(NamedTuple):
     """Gradients of attention on ready features.
 
-    `phi` is `[2, B, H, m, N2, N1]`, of the features of queries (0) and of keys (1), laid out as the features are. It is
-    memory of this thread, valid until its next call.
+    `phi` is `[2, B, H, m, N2, N1]`, of the features of queries and keys, laid out as the features are. It is memory of
+    this thread, valid until its next call.
     """
 
-    phi: Tensor
+    phi: Sides
     value: Tensor
     rpe_bias: Tensor
 
 
 def attention_backward(
-    instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+    instance: Instance, grad_out: Tensor, out: Tensor, phi: Sides, value: Tensor, rpe_bias: Tensor, is_causal: bool
 ) -> Gradients:
     """Gradients of ``sum(grad_out * out)`` (Luo 2021, Eq. 10, differentiated; `te.fft_backward`, `te.direct_backward`).
 
@@ -47,7 +47,7 @@ def attention_backward(
     grad_out, out : Tensor
         ``[B, H, n_q, d]``: the gradient and the result of the forward pass. Rows of grad_out whose denominator is 0
         must be 0.
-    phi : Tensor
+    phi : Sides
         ``[2, B, H, m, N2, N1]``: features of queries and keys in the layout of `instance.config`.
     value : Tensor
         ``[B, H, n_k, d]``, its last axis contiguous.
@@ -61,7 +61,7 @@ def attention_backward(
 
 
 def _by_tiles(
-    instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+    instance: Instance, grad_out: Tensor, out: Tensor, phi: Sides, value: Tensor, rpe_bias: Tensor, is_causal: bool
 ) -> Gradients:
     config, functions = instance.config, instance.functions
     batch, heads, n_q, _ = out.shape
@@ -69,19 +69,20 @@ def _by_tiles(
     table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias, n_q, n_k, int(is_causal), instance.tables, table)
     grad, out = last_axis_contiguous(grad_out), last_axis_contiguous(out)
-    denominator, weight = scratch_tensor("row weights", (2, batch, heads, -(-n_q // BLOCK), BLOCK))
-    functions["row_weights"](phi[0], phi[1], n_q, n_k, table, grad, out, denominator, weight)
-    middle = table.shape[1] // 2
-    grad_bias = scratch_tensor("grad_bias", (batch, heads, table.shape[1] // config.lanes, config.lanes))
+    rows = batch, heads, -(-n_q // BLOCK), BLOCK
+    denominator, weight = scratch_tensor("denominator", rows), scratch_tensor("w", rows)
+    functions["row_weights"](phi.query, phi.key, n_q, n_k, table, grad, out, denominator, weight)
+    offsets = table.shape[1]
+    grad_bias = scratch_tensor("grad_bias", (batch, heads, offsets // config.lanes, config.lanes))
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-    grad_phi = scratch_tensor("total", phi.shape)
-    functions["backward"](phi, value, grad, weight, denominator, table, grad_bias, grad_value, grad_phi)
-    by_offset = grad_bias.sum(0).flatten(1)[:, middle - (n_q - 1) : middle + n_k]
-    return Gradients(grad_phi, grad_value, by_offset.contiguous())
+    grad_phi = scratch_sides("total", phi.both.shape)
+    functions["backward"](phi.both, value, grad, weight, denominator, table, grad_bias, grad_value, grad_phi.both)
+    by_offset = grad_bias.view(batch, heads, offsets).narrow(2, offsets // 2 - (n_q - 1), n_q + n_k - 1)
+    return Gradients(grad_phi, grad_value, by_offset.sum(0))
 
 
 def _by_fft(
-    instance: Instance, grad_out: Tensor, out: Tensor, phi: Tensor, value: Tensor, rpe_bias: Tensor, is_causal: bool
+    instance: Instance, grad_out: Tensor, out: Tensor, phi: Sides, value: Tensor, rpe_bias: Tensor, is_causal: bool
 ) -> Gradients:
     config, functions, tables = cast(BackwardConfig, instance.config), instance.functions, instance.tables
     batch, heads, n_q, _ = out.shape
@@ -91,8 +92,9 @@ def _by_fft(
     torch.mul(spectra[0], torch.tensor([1.0, -1.0]), out=spectra[1])
 
     grad_out, out = last_axis_contiguous(grad_out), last_axis_contiguous(out)
-    inverse, weight = scratch_tensor("row weights", (2, *phi.shape[1:3], *phi.shape[4:]))
-    functions["row_weights"](phi[0], phi[1], spectra[0], tables, grad_out, out, inverse, weight)
+    rows = (batch, heads, *phi.query.shape[3:])
+    inverse, weight = scratch_tensor("inverse", rows), scratch_tensor("w", rows)
+    functions["row_weights"](phi.query, phi.key, spectra[0], tables, grad_out, out, inverse, weight)
 
     # numerators
     split = split_of(config)
@@ -102,14 +104,14 @@ def _by_fft(
     sums = (batch, heads, config.parts, 2, config.num_features, split.n2, split.q, split.s)
     grad_phi = scratch_tensor("grad_phi", sums)
     correlation = scratch_tensor("correlation", (batch, heads, config.parts, 2, *spectrum_shape))
-    functions["backward"](phi, value, grad_out, inverse, spectra, tables, grad_phi, correlation, grad_value)
+    functions["backward"](phi.both, value, grad_out, inverse, spectra, tables, grad_phi, correlation, grad_value)
     correlations = correlation.sum((0, 2))
 
     # denominators
     groups = -(-config.num_features // (2 * config.lanes))
-    total = scratch_tensor("total", phi.shape)
+    total = scratch_sides("total", phi.both.shape)
     of_denominator = scratch_tensor("correlation", (batch, heads, groups, 2, *spectrum_shape))
-    functions["denominator_backward"](phi, weight, grad_phi, spectra, tables, total, of_denominator)
+    functions["denominator_backward"](phi.both, weight, grad_phi, spectra, tables, total.both, of_denominator)
     correlations += of_denominator.sum((0, 2))
     natural = torch.view_as_complex(correlations.flatten(2, 4))[..., _places(config)]
     return Gradients(total, grad_value, bias_gradient(natural, rpe_bias, n_q, n_k, is_causal))
@@ -168,10 +170,10 @@ def argument_gradients(
     feature_map: str,
     inputs: Sequence[Tensor],
     projection: Tensor,
-    phi: Tensor,
-    grad_phi: Tensor,
+    phi: Sides,
+    grad_phi: Sides,
     of_projection: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the feature map's arguments and of its projection.
 
     Parameters
@@ -184,27 +186,26 @@ def argument_gradients(
         query ``[B, H, n_q, d]`` and key ``[B, H, n_k, d]``, contiguous in the last axis.
     projection : Tensor
         W, ``[m, d]``, contiguous.
-    phi, grad_phi : Tensor
+    phi, grad_phi : Sides
         ``[2, B, H, m, N2, N1]``: features and their gradients, as of `attention_backward`.
     of_projection : bool
-        Whether the projection's gradient is wanted; it is 0 otherwise.
+        Whether the projection's gradient is wanted.
 
     Returns
     -------
     grad_query, grad_key, grad_projection : Tensor
-        Shaped as query, key and projection, contiguous.
+        Shaped as query, key and projection, contiguous; None for a projection's that is not wanted.
     """
-    grads = []
-    grad_projection = torch.zeros(projection.shape)
-    for x, features, grad in zip(inputs, phi, grad_phi, strict=True):
-        positions = grad.shape[3] * grad.shape[4]
-        grad_exponent = scratch_tensor("exponent", (*x.shape[:2], positions, projection.shape[0]))
+    backward = instance.functions[f"features_{feature_map}_backward"]
+    batch, heads, m, rows, columns = phi.query.shape
+    grad_exponent = scratch_tensor("exponent", (batch, heads, rows * columns, m))
+    grads, of_sides = [], []
+    for x, features, grad in zip(inputs, phi[1:], grad_phi[1:], strict=True):
         grads.append(torch.empty(x.shape))
-        backward = instance.functions[f"features_{feature_map}_backward"]
         backward(x, projection, features, grad, grad_exponent, grads[-1])
         if of_projection:
-            grad_projection += _projection_gradient(feature_map, x, grad_exponent[:, :, : x.shape[2]])
-    return grads[0], grads[1], grad_projection
+            of_sides.append(_projection_gradient(feature_map, x, grad_exponent[:, :, : x.shape[2]]))
+    return grads[0], grads[1], sum(of_sides[1:], of_sides[0]) if of_projection else None
 
 
 def _projection_gradient(feature_map: str, x: Tensor, grad_exponent: Tensor) -> Tensor:

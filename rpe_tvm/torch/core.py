@@ -120,11 +120,11 @@ def _forward(phi_q: Tensor, phi_k: Tensor, value: Tensor, rpe_bias: Tensor, is_c
     instance = get_operator(max(n_q, n_k), m, d)
     config, functions, tables = instance.config, instance.functions, instance.tables
     phi = feature_memory(config, batch, heads, n_q, n_k)
-    pack_features(config, phi_q, phi[0])
-    pack_features(config, phi_k, phi[1])
+    pack_features(config, phi_q, phi.query)
+    pack_features(config, phi_k, phi.key)
     table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias.contiguous(), n_q, n_k, int(is_causal), tables, table)
-    functions["attention"](phi[0], phi[1], last_axis_contiguous(value), table, tables, out)
+    functions["attention"](phi.query, phi.key, last_axis_contiguous(value), table, tables, out)
     sees_none = _sees_none(phi_q, phi_k, is_causal)
     out.masked_fill_(sees_none, 0.0)
     if out.isnan().any():
@@ -167,8 +167,8 @@ def _backward(
     grad_out = grad_out.masked_fill(sees_none, 0.0)
     instance = get_backward(max(n_q, n_k), m, d)
     phi = feature_memory(instance.config, batch, heads, n_q, n_k)
-    pack_features(instance.config, phi_q, phi[0])
-    pack_features(instance.config, phi_k, phi[1])
+    pack_features(instance.config, phi_q, phi.query)
+    pack_features(instance.config, phi_k, phi.key)
     found = attention_backward(
         instance,
         grad_out,
@@ -178,9 +178,8 @@ def _backward(
         rpe_bias.contiguous(),
         is_causal,
     )
-    of_query, of_key = (
-        unpack_features(instance.config, part, n).contiguous() for part, n in zip(found.phi, (n_q, n_k), strict=True)
-    )
+    of_query = unpack_features(instance.config, found.phi.query, n_q).contiguous()
+    of_key = unpack_features(instance.config, found.phi.key, n_k).contiguous()
     return of_query, of_key, found.value, found.rpe_bias
 
 

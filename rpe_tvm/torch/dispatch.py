@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -136,29 +137,33 @@ def get_operator(n: int, num_features: int, head_dim: int) -> Instance:
     BuildError
         If compiling fails.
     """
-    return _get(
-        _Kind(
-            name=f"attention-m{num_features}-d{head_dim}",
-            options=f"--op attention --features {num_features} --head-dim {head_dim}",
-            load=lambda path, length: load(path).instance(length),
-            choose=lambda target, bucket: wisdom.choose(target.id, bucket, num_features, head_dim, target.lanes),
-            wrap=Instance.of,
-        ),
-        bucket_length(n),
+    return _get(_attention(num_features, head_dim), bucket_length(n))
+
+
+@functools.cache
+def _attention(num_features: int, head_dim: int) -> _Kind[Instance]:
+    return _Kind(
+        name=f"attention-m{num_features}-d{head_dim}",
+        options=f"--op attention --features {num_features} --head-dim {head_dim}",
+        load=lambda path, length: load(path).instance(length),
+        choose=lambda target, bucket: wisdom.choose(target.id, bucket, num_features, head_dim, target.lanes),
+        wrap=Instance.of,
     )
 
 
 def get_backward(n: int, num_features: int, head_dim: int) -> Instance:
     """The compiled gradients for n positions; as `get_operator`."""
-    return _get(
-        _Kind(
-            name=f"backward-m{num_features}-d{head_dim}",
-            options=f"--op backward --features {num_features} --head-dim {head_dim}",
-            load=lambda path, length: load_backward(path),
-            choose=lambda target, bucket: backward.choose(target.id, bucket, num_features, head_dim, target.lanes),
-            wrap=Instance.of,
-        ),
-        bucket_length(n),
+    return _get(_backward(num_features, head_dim), bucket_length(n))
+
+
+@functools.cache
+def _backward(num_features: int, head_dim: int) -> _Kind[Instance]:
+    return _Kind(
+        name=f"backward-m{num_features}-d{head_dim}",
+        options=f"--op backward --features {num_features} --head-dim {head_dim}",
+        load=lambda path, length: load_backward(path),
+        choose=lambda target, bucket: backward.choose(target.id, bucket, num_features, head_dim, target.lanes),
+        wrap=Instance.of,
     )
 
 

@@ -7,8 +7,9 @@ the same: nothing else is checked, and nothing else decides which kernels run.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,10 @@ from rpe_tvm.torch.cuda import Launch, Recorded, current_gpu, is_in_whole_pieces
 from rpe_tvm.torch.dispatch import get_gpu_operator, when_forgotten
 from rpe_tvm.torch.feature_maps import FeatureMap
 from rpe_tvm.torch.plain import is_plain, records_gradients
+from rpe_tvm.torch.recorded import Tensors, recorded
 
 # Calls that are kept: those of a model with a few lengths. More begin anew.
 MOST_CALLS = 1024
-
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, rpe_bias, projection
 
 _known: dict[tuple[Any, ...], tuple[Launch, Recorded]] = {}
 when_forgotten(_known.clear)
@@ -43,8 +43,7 @@ def attention(
     if known is None:
         return None
     if records_gradients(*tensors):
-        record: Any = _Attention.apply
-        return cast(Tensor, record(*tensors, feature_map.name, is_causal, known[1]))
+        return recorded(functools.partial(_run, known[1]), tensors, feature_map.name, is_causal)
     return _run(known[0], tensors)[0]
 
 
@@ -81,25 +80,3 @@ def _run(known: Launch | Recorded, tensors: Tensors) -> tuple[Tensor, Tensor | N
     with current_gpu(query):
         kept = known(*tensors, out)
     return out, kept
-
-
-class _Attention(torch.autograd.Function):
-    """The operator's gradients, recorded without the layers that torch.library puts around them."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, (ctx.feature_map, ctx.is_causal, known) = arguments[:5], arguments[5:]
-        out, denominators = _run(known, cast(Tensors, tensors))
-        ctx.save_for_backward(*tensors, out, denominators)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, denominators = ctx.saved_tensors
-        arguments = grad_out, *tensors, ctx.feature_map, ctx.is_causal, ctx.needs_input_grad[4], denominators
-        # where gradients of these gradients are asked for, the operator says that there are none
-        is_last = not torch.is_grad_enabled() and is_plain(grad_out)
-        operator: Any = torch.ops.rpe_tvm.kernelized_attention_backward
-        if is_last:
-            operator = operators.attention_backward_on_gpu
-        return (*operator(*arguments), None, None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.split import split_of
 from rpe_tvm.plan.twiddles import feature_shape
-from rpe_tvm.runtime.operator import scratch
+from rpe_tvm.runtime.operator import FloatArray, scratch_view
 
 
 def last_axis_contiguous(x: Tensor) -> Tensor:
@@ -45,11 +45,35 @@ def unpack_features(config: AttentionConfig, buffer: Tensor, n: int) -> Tensor:
     return columns.permute(0, 1, 5, 4, 3, 2).reshape(batch, heads, config.length, m)[:, :, :n]
 
 
-def feature_memory(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> Tensor:
+class Sides(NamedTuple):
+    """Memory `[2, ...]` of what queries (0) and keys (1) have, whole and as its halves."""
+
+    both: Tensor
+    query: Tensor
+    key: Tensor
+
+
+def feature_memory(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> Sides:
     """Return memory for the features of queries and keys, `[2, B, H, m, rows, columns]`, as `scratch_tensor` does."""
-    return scratch_tensor("phi", (2, *feature_shape(config, batch, heads, n_query, n_key)))
+    return scratch_sides("phi", (2, *feature_shape(config, batch, heads, n_query, n_key)))
 
 
-def scratch_tensor(name: str, shape: Sequence[int]) -> Tensor:
+def scratch_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     """Memory of this thread, valid until its next call with this name: fresh memory costs more than what fills it."""
-    return torch.from_numpy(scratch(f"torch {name}", shape))
+    return scratch_view(f"torch {name}", shape, _as_tensor)
+
+
+def scratch_sides(name: str, shape: tuple[int, ...]) -> Sides:
+    """As `scratch_tensor`; `shape` is `[2, ...]`."""
+    return scratch_view(f"torch {name}", shape, _as_sides)
+
+
+def _as_tensor(array: FloatArray) -> Tensor:
+    with torch.inference_mode(False):  # tensors of that mode could be written in no other
+        return torch.from_numpy(array)
+
+
+def _as_sides(array: FloatArray) -> Sides:
+    both = _as_tensor(array)
+    with torch.inference_mode(False):
+        return Sides(both, both[0], both[1])

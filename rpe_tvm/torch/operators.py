@@ -115,6 +115,19 @@ def _kernelized_attention(
     is_causal: bool,
 ) -> Tensor:
     check_inputs(query, key, value, rpe_bias, projection, feature_map)
+    return attention_on_cpu(query, key, value, rpe_bias, projection, feature_map, is_causal)
+
+
+def attention_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> Tensor:
+    """The operator's kernel for CPUs, on arguments that fit as `check_inputs` asks."""
     out = empty_output(query)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()  # no keys: zeros, as scaled_dot_product_attention gives
@@ -209,22 +222,46 @@ def _kernelized_attention_backward(
     of_projection: bool,
     denominators: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    grads = attention_backward_on_cpu(
+        grad_out, query, key, value, rpe_bias, projection, out, feature_map, is_causal, of_projection
+    )
+    return tuple(torch.zeros(projection.shape) if grad is None else grad for grad in grads)
+
+
+def attention_backward_on_cpu(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    feature_map: str,
+    is_causal: bool,
+    of_projection: bool,
+    denominators: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients' kernel for CPUs, of query, key, value, rpe_bias and projection; a projection's may be None.
+
+    Denominators are computed again: the forward pass on CPUs keeps none.
+    """
     n_q, n_k = query.shape[2], key.shape[2]
     if out.numel() == 0 or n_k == 0:
         return tuple(torch.zeros(x.shape) for x in (query, key, value, rpe_bias, projection))
     instance = get_backward(max(n_q, n_k), projection.shape[0], query.shape[3])
     projection = projection.contiguous()
-    inputs = [last_axis_contiguous(x) for x in (query, key)]
+    query, key = last_axis_contiguous(query), last_axis_contiguous(key)
     phi = feature_memory(instance.config, query.shape[0], query.shape[1], n_q, n_k)
-    for x, features in zip(inputs, phi, strict=True):
-        instance.functions[f"features_{feature_map}"](x, projection, features)
+    features = instance.functions[f"features_{feature_map}"]
+    features(query, projection, phi.query)
+    features(key, projection, phi.key)
     found = attention_backward(
         instance, grad_out, out, phi, last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
     )
-    *grads, grad_projection = argument_gradients(
-        instance, feature_map, inputs, projection, phi, found.phi, of_projection
+    of_query, of_key, of_weights = argument_gradients(
+        instance, feature_map, (query, key), projection, phi, found.phi, of_projection
     )
-    return *grads, found.value, found.rpe_bias, grad_projection
+    return of_query, of_key, found.value, found.rpe_bias, of_weights
 
 
 def attention_backward_on_gpu(

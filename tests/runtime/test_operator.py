@@ -332,13 +332,17 @@ def test_calls_in_order_with_shapes_and_aligned_buffers() -> None:
 
 def test_intermediates_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "_SCRATCH_BYTES", 4000)
-    scratch = operators._Scratch()
-    small, large = scratch.take("phi", (10, 10)), scratch.take("phi", (30, 30))
-    assert np.shares_memory(large, scratch.take("phi", (5,)))  # grown
+    monkeypatch.setattr(operators, "_MOST_VIEWS", 3)
+    monkeypatch.setattr(operators, "_scratch", operators._Scratch())
+    small, large = operators.scratch("phi", (10, 10)), operators.scratch("phi", (30, 30))
+    assert np.shares_memory(large, operators.scratch("phi", (5,)))  # grown
     assert not np.shares_memory(small, large)
-    huge = scratch.take("phi", (40, 40))  # over the limit
-    assert huge.shape == (40, 40) and not np.shares_memory(huge, scratch.take("phi", (40, 40)))
-    assert np.shares_memory(large, scratch.take("phi", (30, 30)))
+    huge = operators.scratch("phi", (40, 40))  # over the limit
+    assert huge.shape == (40, 40) and not np.shares_memory(huge, operators.scratch("phi", (40, 40)))
+    assert np.shares_memory(large, operators.scratch("phi", (30, 30)))
+
+    views = [operators.scratch_view("view", (size,), bytes) for size in (1, 1, 2, 3, 4)]
+    assert views[0] is views[1] and len(operators._scratch._views) <= 3
 
 
 def test_instances_must_be_of_one_kind() -> None:

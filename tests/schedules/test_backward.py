@@ -102,12 +102,12 @@ def test_feature_gradients(target, config, feature_map):
     features = exponent.exp()
     (want,) = torch.autograd.grad(features, leaf, grad.double())
 
-    phi = feature_memory(config, 2, 3, n, n)
-    pack_features(config, features.detach().float(), phi[0])
-    pack_features(config, grad, phi[1])
-    phi[1][..., torch.from_numpy(feature_positions(config, n, n) >= n)] = torch.nan  # memory past the end
-    got, of_exponent = torch.full(x.shape, torch.nan), torch.full((2, 3, phi[0, 0, 0, 0].numel(), m), torch.nan)
-    instance.functions[f"features_{feature_map}_backward"](x, projection, phi[0], phi[1], of_exponent, got)
+    _, phi, grad_phi = feature_memory(config, 2, 3, n, n)
+    pack_features(config, features.detach().float(), phi)
+    pack_features(config, grad, grad_phi)
+    grad_phi[..., torch.from_numpy(feature_positions(config, n, n) >= n)] = torch.nan  # memory past the end
+    got, of_exponent = torch.full(x.shape, torch.nan), torch.full((2, 3, phi[0, 0, 0].numel(), m), torch.nan)
+    instance.functions[f"features_{feature_map}_backward"](x, projection, phi, grad_phi, of_exponent, got)
     assert (got - want).norm() < 1e-5 * want.norm()
     torch.testing.assert_close(of_exponent[:, :, :n], (features * grad).detach().float())
     assert (got[1, 2, 3] == 0).all() == (feature_map == "nprf")

@@ -20,7 +20,7 @@ from rpe_tvm.plan.buckets import bucket_length  # noqa: E402
 from rpe_tvm.reference.gradients import feature_gradients  # noqa: E402
 from rpe_tvm.torch import core, operators  # noqa: E402
 from rpe_tvm.torch.backward import Gradients  # noqa: E402
-from rpe_tvm.torch.layouts import pack_features, unpack_features  # noqa: E402
+from rpe_tvm.torch.layouts import Sides, pack_features, unpack_features  # noqa: E402
 
 
 @dataclass
@@ -109,12 +109,12 @@ def _attention_backward(
     instance: Any, grad_out: Any, out: Any, phi: Any, value: Any, rpe_bias: Any, is_causal: bool
 ) -> Gradients:
     n_q, n_k = out.shape[2], value.shape[2]
-    features = [unpack_features(instance.config, part, n) for part, n in zip(phi, (n_q, n_k), strict=True)]
+    features = [unpack_features(instance.config, part, n) for part, n in zip(phi[1:], (n_q, n_k), strict=True)]
     found = reference.core_gradients(*map(_array, (grad_out, *features, value, rpe_bias)), is_causal)
-    packed = torch.empty_like(phi)
+    packed = torch.empty_like(phi.both)
     for part, grad in zip(packed, found[:2], strict=True):
         pack_features(instance.config, _tensor(grad), part)
-    return Gradients(packed, _tensor(found.value), _tensor(found.rpe_bias))
+    return Gradients(Sides(packed, packed[0], packed[1]), _tensor(found.value), _tensor(found.rpe_bias))
 
 
 @pytest.fixture

@@ -36,15 +36,16 @@ from rpe_tvm.te.cuda_warp import Buffer, Expr
 
 
 def query_gradients(config: TensorCoreBackwardConfig) -> tvm.tirx.PrimFunc:
-    """Return the scheduled function `grad_queries(query, value, grad_out, out, phi_q, phi_k, table, projection,
-    causal, normalised, of_projection, exponent, terms, grad_query)` for CUDA.
+    """Return the scheduled function `grad_queries(query, value, grad_out, out, denominators, phi_q, phi_k, table,
+    projection, known, causal, normalised, of_projection, exponent, terms, grad_query)` for CUDA.
 
     Arguments of the function: query, grad_out, out and grad_query `[B, H, n_q, d]`, value `[B, H, n_k, d]` of the
     config's dtype with any strides that are multiples of 8, at addresses that are multiples of 16 bytes, the last axis
-    contiguous; phi_q, phi_k `[B, H, n', m']` and table `[H, n_q' + n_k']` as in `plan.gpu_workspace`; projection
-    `[m, d]` float32; causal 0 or 1; normalised 1 for NPRF, 0 for PRF; of_projection 0 or 1: whether exponent
-    `[B, H, n_q', m']` float32 is written, see `te.cuda_backward_rows.Argument`; terms `[2, B, H, n_q']` float32:
-    becomes w and 1 / den, both 0 where den is 0 or there is no query.
+    contiguous; denominators `[B, H, n_q]` float32 of the forward pass if known is 1, else they are computed; phi_q,
+    phi_k `[B, H, n', m']` and table `[H, n_q' + n_k']` as in `plan.gpu_workspace`; projection `[m, d]` float32; causal
+    0 or 1; normalised 1 for NPRF, 0 for PRF; of_projection 0 or 1: whether exponent `[B, H, n_q', m']` float32 is
+    written, see `te.cuda_backward_rows.Argument`; terms `[2, B, H, n_q']` float32: becomes w and 1 / den, both 0 where
+    den is 0 or there is no query.
     """
     with function("grad_queries") as built:
         _build(config)
@@ -56,6 +57,7 @@ class _Arguments:
     value: Buffer
     grad_out: Buffer
     out: Buffer
+    denominators: Buffer
     phi_q: Buffer
     phi_k: Buffer
     table: Buffer
@@ -65,6 +67,7 @@ class _Arguments:
     n_key: Expr
     rows_q: Expr
     causal: Expr
+    known: Expr
 
 
 def _arguments(config: TensorCoreBackwardConfig) -> tuple[_Arguments, Expr, Expr]:
@@ -75,17 +78,19 @@ def _arguments(config: TensorCoreBackwardConfig) -> tuple[_Arguments, Expr, Expr
     value = argument("value", (batch, heads, n_key, channels), dtype, strided=True)
     grad_out = argument("grad_out", (batch, heads, n_query, channels), dtype, strided=True)
     out = argument("out", (batch, heads, n_query, channels), dtype, strided=True)
+    denominators = argument("denominators", (batch, heads, n_query), "float32", align=4)
     phi_q = argument("phi_q", (batch, heads, rows_q, features), dtype)
     phi_k = argument("phi_k", (batch, heads, rows_k, features), dtype)
     table = argument("table", (heads, rows_q + rows_k), "float32")
     projection = argument("projection", (T.int64(config.num_features), channels), "float32", align=4)
-    causal, normalised, of_projection = (T.arg(name, T.int64()) for name in ("causal", "normalised", "of_projection"))
+    flags = ("known", "causal", "normalised", "of_projection")
+    known, causal, normalised, of_projection = (T.arg(name, T.int64()) for name in flags)
     exponent = argument("exponent", (batch, heads, rows_q, features), "float32")
     terms = argument("terms", (T.int64(2), batch, heads, rows_q), "float32")
     grad_query = argument("grad_query", (batch, heads, n_query, channels), dtype, strided=True)
     of_query = Argument(query, grad_query, projection, exponent, normalised, of_projection)
-    found = _Arguments(value, grad_out, out, phi_q, phi_k, table, terms, of_query, n_query, n_key, rows_q, causal)
-    return found, batch, heads
+    arrays = value, grad_out, out, denominators, phi_q, phi_k, table, terms
+    return _Arguments(*arrays, of_query, n_query, n_key, rows_q, causal, known), batch, heads
 
 
 def _build(config: TensorCoreBackwardConfig) -> None:
@@ -129,7 +134,12 @@ def _build(config: TensorCoreBackwardConfig) -> None:
             copy_floats(config, thread, args.table, config.rows + config.tile, stage + T.uint32(weights), h, offset)
 
         def add(used: Expr, tile: Expr) -> None:
-            _add_tile(config, grad, terms, sums, features_at + used, channels_at + used, weights_at + used)
+            places = features_at + used, channels_at + used, weights_at + used
+            with T.If(args.known != 0):
+                with T.Then():
+                    _add_tile(config, grad, terms, sums, *places, is_known=True)
+                with T.Else():
+                    _add_tile(config, grad, terms, sums, *places, is_known=False)
 
         walk(config, base, tiles, load, add)
         if config.shares > 1:
@@ -178,8 +188,12 @@ def _add_tile(
     features_at: Expr,
     channels_at: Expr,
     weights_at: Expr,
+    is_known: bool,
 ) -> None:
-    """Add the contribution of a warp's share of the keys of one tile, 16 keys at a time."""
+    """Add the contribution of a warp's share of the keys of one tile, 16 keys at a time.
+
+    C phi_k is only needed where the denominators are not known.
+    """
     depth, dtype, blocks = config.padded_channels // ROWS, config.dtype, config.row_blocks
     # weights[2 (s - lowest) + e] is c of the lane's first row and column e, s * 8 offsets further
     lowest = 1 - 2 * blocks
@@ -192,7 +206,8 @@ def _add_tile(
             at = step - lowest
             for column in (0, 1):
                 warp.load_float(weights, 2 * at + column, weights_at, 4 * (8 * step + column))
-            warp.pack(dtype, rounded[at], weights[2 * at], weights[2 * at + 1])
+            if not is_known:
+                warp.pack(dtype, rounded[at], weights[2 * at], weights[2 * at + 1])
 
     load_weights(range(lowest, 0))
     pulls = named("pulls", warp.registers(blocks * 8, "float32"))
@@ -229,7 +244,8 @@ def _add_tile(
                     features = [operand[2 * half], operand[2 * half + 1]]
                     first = (block * sums.columns + column + half) * 4
                     warp.multiply_add(dtype, [sums.grad[first + i] for i in range(4)], pulled, features)
-                    warp.multiply_add(dtype, [sums.weighted[first + i] for i in range(4)], plain, features)
+                    if not is_known:
+                        warp.multiply_add(dtype, [sums.weighted[first + i] for i in range(4)], plain, features)
 
 
 def _finish(
@@ -247,15 +263,23 @@ def _finish(
     phi = load_rows("phi", args.phi_q, config.padded_features, lane, blocks, b, h, first_q)
     denominator = named("denominator", warp.registers(2 * blocks, "float32"))
     warp.zero(denominator, 2 * blocks)
-    for i in range(blocks * depth * 4):
-        block, k, half, lower = i // (4 * depth), i // 4 % depth, i // 2 % 2, i % 2
-        place = (block * sums.columns + 2 * k + half) * 4 + 2 * lower
-        for column, feature in enumerate(warp.unpack(config.dtype, phi[i])):
-            total = denominator[2 * block + lower] + feature * sums.weighted[place + column]
-            T.buffer_store(denominator, total, [2 * block + lower])
+    rows = [first_q + lane.row + (at // 2 * ROWS + at % 2 * 8) + lane.group for at in range(2 * blocks)]
+    with T.If(args.known != 0):
+        with T.Then():
+            for at, row in enumerate(rows):
+                with T.If(row < args.n_query), T.Then():
+                    T.buffer_store(denominator, args.denominators[b, h, row], [at])
+        with T.Else():
+            for i in range(blocks * depth * 4):
+                block, k, half, lower = i // (4 * depth), i // 4 % depth, i // 2 % 2, i % 2
+                place = (block * sums.columns + 2 * k + half) * 4 + 2 * lower
+                for column, feature in enumerate(warp.unpack(config.dtype, phi[i])):
+                    total = denominator[2 * block + lower] + feature * sums.weighted[place + column]
+                    T.buffer_store(denominator, total, [2 * block + lower])
+            for at in range(2 * blocks):
+                warp.quad_sum(denominator, at)
     for at in range(2 * blocks):
-        warp.quad_sum(denominator, at)
-        row = let("row", first_q + lane.row + (at // 2 * ROWS + at % 2 * 8) + lane.group)
+        row = let("row", rows[at])
         passes = T.And(denominator[at] != T.float32(0), row < args.n_query)
         inverse = T.Select(passes, T.float32(1) / denominator[at], T.float32(0))
         T.buffer_store(denominator, inverse, [at])

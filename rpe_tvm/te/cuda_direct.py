@@ -25,12 +25,13 @@ from rpe_tvm.te.cuda_warp import Buffer, Expr
 
 
 def direct_attention(config: TensorCoreConfig) -> tvm.tirx.PrimFunc:
-    """Return the scheduled function `attention(phi_q, phi_k, value, table, causal, out)` for CUDA.
+    """Return the scheduled function `attention(phi_q, phi_k, value, table, causal, denominators, out)` for CUDA.
 
     Arguments of the function: phi_q `[B, H, n_q', m']`, phi_k `[B, H, n_k', m']` and table `[H, n_q' + n_k']` as
     in `plan.gpu_direct`, value `[B, H, n_k, d]` and out `[B, H, n_q, d]` with any strides that are multiples of 8,
     at addresses that are multiples of 16 bytes, the last axis contiguous; causal 0 or 1: whether tiles above the
-    diagonal are skipped. All sizes but m and d are read from the arguments.
+    diagonal are skipped; denominators `[B, H, n_q]` float32: what numerators are divided by, which gradients take. All
+    sizes but m and d are read from the arguments.
     """
     with function("attention") as built:
         _build(config)
@@ -45,6 +46,7 @@ class _Arguments:
     phi_k: Buffer
     value: Buffer
     table: Buffer
+    denominators: Buffer
     out: Buffer
     n_query: Expr
     n_key: Expr
@@ -61,8 +63,9 @@ def _arguments(config: TensorCoreConfig) -> tuple[_Arguments, Expr, Expr]:
     value = argument("value", (batch, heads, n_key, channels), dtype, strided=True)
     table = argument("table", (heads, rows_q + rows_k), "float32")
     causal = T.arg("causal", T.int64())
+    denominators = argument("denominators", (batch, heads, n_query), "float32", align=4)
     out = argument("out", (batch, heads, n_query, channels), dtype, strided=True)
-    return _Arguments(phi_q, phi_k, value, table, out, n_query, n_key, rows_q, causal), batch, heads
+    return _Arguments(phi_q, phi_k, value, table, denominators, out, n_query, n_key, rows_q, causal), batch, heads
 
 
 def _build(config: TensorCoreConfig) -> None:
@@ -101,7 +104,7 @@ def _build(config: TensorCoreConfig) -> None:
         if config.warps_k > 1:
             add_partial_sums(config.warps_q, config.warps_k, base, lane, sums.all)
         with T.If(lane.warp_k == 0), T.Then():
-            write(config, args.out, args.n_query, lane, sums, b, h, first_q)
+            write(config, args.out, args.n_query, lane, sums, b, h, first_q, args.denominators)
 
 
 def _load_queries(config: TensorCoreConfig, args: _Arguments, lane: Lane, b: Expr, h: Expr, first_q: Expr) -> Buffer:

@@ -167,9 +167,17 @@ def add_partial_sums(warps_q: int, warps_k: int, base: Expr, lane: Place, sums: 
 
 
 def write(
-    config: TensorCoreConfig, out: Buffer, n_query: Expr, lane: Lane, sums: Sums, b: Expr, h: Expr, first_q: Expr
+    config: TensorCoreConfig,
+    out: Buffer,
+    n_query: Expr,
+    lane: Lane,
+    sums: Sums,
+    b: Expr,
+    h: Expr,
+    first_q: Expr,
+    denominators: Buffer | None = None,
 ) -> None:
-    """Write the quotients of the rows that exist."""
+    """Write the quotients of the rows that exist, and their denominators if they are wanted."""
     pair = warp.registers(1, "uint32")
     for block in range(config.row_blocks):
         for lower in (0, 1):
@@ -178,6 +186,9 @@ def write(
                 warp.quad_sum(sums.denominator, denominator)
             row = let("row", first_q + lane.row + (block * ROWS + lower * 8) + lane.group)
             with T.If(row < n_query), T.Then():
+                if denominators is not None:
+                    with T.If(lane.pair == 0), T.Then():
+                        T.buffer_store(denominators, sums.denominator[denominator], [b, h, row])
                 T.buffer_store(sums.denominator, T.float32(1) / sums.denominator[denominator], [denominator])
                 for column in range(sums.columns):
                     numerators = sums.at(block, column)[2 * lower : 2 * lower + 2]

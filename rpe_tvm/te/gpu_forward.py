@@ -32,7 +32,7 @@ def forward(config: GpuConfig, feature_map: str) -> tvm.tirx.PrimFunc:
     return _forward(config, feature_map, is_recorded=False)
 
 
-def recorded(config: TileConfig, feature_map: str) -> tvm.tirx.PrimFunc:
+def recorded(config: TensorCoreConfig | TileConfig, feature_map: str) -> tvm.tirx.PrimFunc:
     """Return the function `recorded_<map>(query, key, value, rpe_bias, projection, causal, workspace, denominators,
     out)`: `forward_<map>` for which gradients will be asked, denominators `[B, H, n_q]` being what they take from it.
     """
@@ -74,8 +74,8 @@ def _forward(config: GpuConfig, feature_map: str, is_recorded: bool) -> tvm.tirx
         if isinstance(config, TensorCoreConfig | TileConfig):
             origin = round_up(n_q, config.tile_q)
             call("weights", bias, n_q, n_k, causal, origin, buffer["table"])
-            sums = (buffer["denominators"],) if isinstance(config, TileConfig) else ()
-            call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, *sums, out)
+            sums = buffer["denominators"]
+            call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, sums, out)
         else:
             call("largest", bias, n_q, n_k, causal, buffer["largest"])
             call("spectrum", bias, buffer["largest"], n_q, n_k, causal, tables, buffer["spectrum"])

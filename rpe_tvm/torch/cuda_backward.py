@@ -76,8 +76,8 @@ def attention_backward(
     of_projection : bool
         Whether the projection's gradient is wanted; else it is 0.
     denominators : Tensor or None
-        ``[B, H, n_q]``: what a forward pass by tiles has kept (`rpe_tvm.torch.cuda.launch_recorded`); None: they are
-        computed again.
+        ``[B, H, n_q]``, float32: what a forward pass by tiles has kept (`rpe_tvm.torch.cuda.launch_recorded`); None:
+        they are computed again.
 
     Returns
     -------
@@ -86,7 +86,8 @@ def attention_backward(
     """
     if isinstance(instance.config, TensorCoreBackwardConfig):
         tensors = grad_out, query, key, value, rpe_bias, projection, out
-        return _on_tensor_cores(instance, instance.config, *tensors, feature_map, is_causal, of_projection)
+        flags = feature_map, is_causal, of_projection
+        return _on_tensor_cores(instance, instance.config, *tensors, *flags, denominators)
     config, projection, rpe_bias = _config(instance), projection.contiguous(), rpe_bias.contiguous()
     dtype = query.dtype
     query, key, value, grad_out, out = (last_axis_contiguous(x.float()) for x in (query, key, value, grad_out, out))
@@ -127,6 +128,7 @@ def _on_tensor_cores(
     feature_map: str,
     is_causal: bool,
     of_projection: bool,
+    denominators: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """`attention_backward` by tiles; without gradient of the projection nothing but the compiled function runs."""
     (batch, heads, n_q, _), n_k = query.shape, key.shape[2]
@@ -141,8 +143,9 @@ def _on_tensor_cores(
         tensors = query, key, value, rpe_bias
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
         blocks = rows_q // config.positions, rows_k // config.positions
-        inputs = *rows[:3], rpe_bias.contiguous(), projection, *rows[3:], int(is_causal), int(of_projection), *blocks
-        instance.functions[f"backward_{feature_map}"](*inputs, between, diagonals, *grads)
+        inputs = *rows[:3], rpe_bias.contiguous(), projection, *rows[3:], *_denominators(config, denominators, out)
+        flags = int(is_causal), int(of_projection), *blocks
+        instance.functions[f"backward_{feature_map}"](*inputs, *flags, between, diagonals, *grads)
         grad_projection = torch.zeros_like(projection)
         if of_projection:
             for x, place in ((query, places["exponent_q"]), (key, places["exponent_k"])):
@@ -219,12 +222,14 @@ def _tables(config: Float32Config, x: Tensor) -> tuple[Tensor, ...]:
     return () if isinstance(config, TileBackwardConfig) else (constant_tables(config, x.device),)
 
 
-def _denominators(config: Float32Config, denominators: Tensor | None, out: Tensor) -> tuple[Tensor | int, ...]:
+def _denominators(
+    config: Float32Config | TensorCoreBackwardConfig, denominators: Tensor | None, out: Tensor
+) -> tuple[Tensor | int, ...]:
     """What gradients by tiles take as denominators and whether these are known; by FFT they never are."""
-    if not isinstance(config, TileBackwardConfig):
+    if isinstance(config, GpuBackwardConfig):
         return ()
     if denominators is None:
-        return out.new_empty(out.shape[:3]), 0
+        return out.new_empty(out.shape[:3], dtype=torch.float32), 0
     return denominators, 1
 
 

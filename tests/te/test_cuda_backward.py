@@ -40,6 +40,7 @@ def test_every_kernel_gets_its_buffers(monkeypatch: pytest.MonkeyPatch, tmp_path
     tensors |= {name: torch.zeros(H, N_Q + N_K - 1) for name in ("bias", "grad_bias")}
     tensors |= {
         "projection": torch.zeros(M, D),
+        "denominators": torch.zeros(B, H, N_Q),
         "diagonals": torch.zeros(diagonals_shape(config, B, H, N_Q, N_K)),
     }
     names = {(tensor.data_ptr(), tuple(tensor.shape)): name for name, tensor in tensors.items()}
@@ -52,10 +53,12 @@ def test_every_kernel_gets_its_buffers(monkeypatch: pytest.MonkeyPatch, tmp_path
     callees = {name: log(name) for name in ("features_nprf", "weights", "grad_queries", "grad_keys", "grad_bias")}
     compiled = calls_on_cpu.compile_calls(backward(config, "nprf"), callees, tmp_path)
     inputs = [tensors[name] for name in ("query", "key", "value", "bias", "projection", "out", "grad_out")]
+    inputs.append(tensors["denominators"])
     outputs = [tensors[name] for name in ("diagonals", "grad_query", "grad_key", "grad_value", "grad_bias")]
-    compiled(*inputs, 0, 1, 2, 1, workspace, *outputs)
+    compiled(*inputs, 1, 0, 1, 2, 1, workspace, *outputs)
     features, flags = ["phi_q", "phi_k", "table"], [0, 1, 1]  # not causal, NPRF, of the projection
-    queries = ["query", "value", "grad_out", "out", *features, "projection", *flags, "exponent_q", "terms"]
+    queries = ["query", "value", "grad_out", "out", "denominators", *features, "projection", 1, *flags]
+    queries += ["exponent_q", "terms"]
     keys = ["key", "value", "grad_out", *features, "terms", "projection", *flags, "exponent_k", "diagonals"]
     assert calls == {
         "features_nprf": ["query", "key", "projection", "phi_q", "phi_k"],

@@ -69,7 +69,9 @@ def test_attention(attention, n_query, n_key, causal, late, backwards):
     written = np.full((batch, n_query + 3, heads, d), SENTINEL, np.uint16)
     out = written[:, :n_query].transpose(0, 2, 1, 3)
     sizes = dict(batch=batch, heads=heads, n_query=n_query, n_key=n_key, rows_q=shape_q[2], rows_k=shape_k[2])
-    buffers = dict(phi_q=phi_q, phi_k=phi_k, value=value, table=table, out=out, causal=int(causal))
+    denominators = np.full((batch, heads, n_query), np.nan, np.float32)
+    buffers = dict(phi_q=phi_q, phi_k=phi_k, value=value, table=table, denominators=denominators, out=out)
+    buffers["causal"] = int(causal)
     grid = (shape_q[2] // config.tile_q, heads, batch)
     kernel(grid, {**strides(value=value, out=out), **sizes, **buffers}, late, backwards)
 
@@ -82,6 +84,7 @@ def test_attention(attention, n_query, n_key, causal, late, backwards):
     # the weighted scores, their sum and the result are rounded, each to a relative error of one unit
     tolerance = 3 * UNIT[dtype] * np.abs(exact_value).max()
     np.testing.assert_allclose(from_bits(np.ascontiguousarray(out), dtype), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(denominators, scores.sum(-1), rtol=UNIT[dtype])
     assert (written[:, n_query:] == SENTINEL).all()
 
 
@@ -103,9 +106,10 @@ def test_a_row_without_weight_is_nan(attention):
     out = np.zeros_like(value)
     sizes = dict(batch=1, heads=1, n_query=1, n_key=1, rows_q=config.tile_q, rows_k=config.tile_k, causal=0)
     table = np.zeros(table_shape(config, 1, 1, 1), np.float32)
-    buffers = dict(phi_q=ones, phi_k=ones, value=value, table=table, out=out)
+    denominators = np.ones((1, 1, 1), np.float32)
+    buffers = dict(phi_q=ones, phi_k=ones, value=value, table=table, denominators=denominators, out=out)
     kernel((1, 1, 1), {**strides(value=value, out=out), **sizes, **buffers}, True, False)
-    assert np.isnan(from_bits(out, config.dtype)).all()
+    assert np.isnan(from_bits(out, config.dtype)).all() and denominators == 0
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,9 @@ def rows(rng: np.random.Generator, n: int, d: int, dtype: str, scale: float = 0.
     return x
 
 
-def gradients(kernels: Kernels, inputs, slots: int, late: bool, backwards: bool, of_projection: bool = True):
+def gradients(
+    kernels: Kernels, inputs, slots: int, late: bool, backwards: bool, of_projection: bool = True, known: bool = False
+):
     """Run the three kernels on what features and weights would be; returns the gradients and all that was written."""
     config, dtype = kernels.config, kernels.config.dtype
     query, key, value, bias, projection, grad_out, out, feature_map, causal = inputs
@@ -83,6 +85,11 @@ def gradients(kernels: Kernels, inputs, slots: int, late: bool, backwards: bool,
     allowed = bias[:, : n_q if causal else None]
     table[:, rows_q - n_q + 1 :][:, : allowed.shape[1]] = np.exp(allowed - allowed.max(1, keepdims=True))
     terms = np.full((2, B, H, rows_q), np.nan, np.float32)
+    denominators = np.full((B, H, n_q), np.nan, np.float32)
+    if known:
+        weights = table[:, np.arange(n_k) - np.arange(n_q)[:, None] + rows_q]
+        exact_q, exact_k = (from_bits(phi[:, :, :n], dtype) for phi, n in ((phi_q, n_q), (phi_k, n_k)))
+        denominators[...] = (np.einsum("bhim,bhjm->bhij", exact_q, exact_k) * weights).sum(-1)
     exponents = [np.full((B, H, r, config.padded_features), np.nan, np.float32) for r in (rows_q, rows_k)]
     diagonals = np.full((B, H, slots, rows_q + rows_k), np.nan, np.float32)
     written = [np.full((B, n + 3, H, d), SENTINEL, np.uint16) for n in (n_q, n_k, n_k)]
@@ -93,6 +100,7 @@ def gradients(kernels: Kernels, inputs, slots: int, late: bool, backwards: bool,
     arguments = dict(phi_q=phi_q, phi_k=phi_k, table=table, terms=terms, diagonals=diagonals, projection=projection)
     arguments |= dict(batch=B, heads=H, n_query=n_q, n_key=n_k, rows_q=rows_q, rows_k=rows_k, slots=slots)
     arguments |= dict(causal=int(causal), normalised=int(feature_map == "nprf"), of_projection=int(of_projection))
+    arguments |= dict(denominators=denominators, known=int(known))
     arguments |= strides(**strided) | strided
     grid = rows_q // config.rows, H, B
     kernels.queries(grid, arguments | dict(exponent=exponents[0]), late, backwards)
@@ -135,7 +143,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 def test_gradients(kernels, n_query, n_key, feature_map, causal, slots, late, backwards):
     config = kernels.config
     inputs, want, exact = make_inputs(config, n_query, n_key, feature_map, causal)
-    found = gradients(kernels, inputs, slots, late, backwards)
+    found = gradients(kernels, inputs, slots, late, backwards, known=late != backwards)
     m, unit = config.num_features, UNIT[config.dtype]
     grad_projection = np.zeros_like(inputs[4], dtype=np.float64)
     for x, exponent in zip(exact[:2], found[4:], strict=True):
@@ -148,7 +156,8 @@ def test_gradients(kernels, n_query, n_key, feature_map, causal, slots, late, ba
         assert (found[3][:, n_query:] == 0).all()
 
 
-def test_zero_vectors_rows_without_weight_and_large_gradients(kernels):
+@pytest.mark.parametrize("known", [False, True])
+def test_zero_vectors_rows_without_weight_and_large_gradients(kernels, known):
     """A zero query has features but no direction; where no key has a weight nothing passes; float16 holds large P."""
     config = kernels.config
     inputs, _, exact = make_inputs(config, 70, 70, "nprf", True)
@@ -160,7 +169,7 @@ def test_zero_vectors_rows_without_weight_and_large_gradients(kernels):
     exact[0][:, :, 30], exact[3][:, :, :20] = 0, 0
     rounded = reference.attention(*exact[:3], bias, projection, feature_map="nprf", is_causal=True)[2][:, :, 20:]
     out[:, :, 20:] = to_bits(rounded, config.dtype)
-    found = gradients(kernels, inputs, 1, True, False, of_projection=False)
+    found = gradients(kernels, inputs, 1, True, False, of_projection=False, known=known)
     want = reference.attention_gradients(exact[3], *exact[:3], bias, projection, "nprf", True)
     assert (found[0][:, :, :20] == 0).all() and (found[0][:, :, 30] == 0).all()
     assert max(error(*each) for each in zip(found[:4], want[:4], strict=True)) < 1.5 * UNIT[config.dtype]

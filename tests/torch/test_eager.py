@@ -55,7 +55,7 @@ def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     def backward(grad_out: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
         *tensors, out, _, is_causal, _, kept = arguments
-        assert (kept is not None) == isinstance(request.param, TileConfig)
+        assert (kept is not None) == isinstance(request.param, TileConfig | TensorCoreConfig)
         assert kept is None or torch.equal(kept, out.sum(-1))
         tensors = [x.detach().requires_grad_() for x in tensors]
         with torch.enable_grad():

@@ -17,15 +17,17 @@ from rpe_tvm.te.features import FEATURE_MAPS
 
 
 def lower(config: TensorCoreConfig) -> Lowered:
-    """Return the functions `features_prf`, `features_nprf`, `weights` and `attention`, one kernel each,
-    `forward_prf` and `forward_nprf`, which call them, and for short sequences `fused_prf` and `fused_nprf`, one kernel
-    that does all, and `clustered_prf` and `clustered_nprf`, which do the same on GPUs that have clusters.
+    """Return the functions `features_prf`, `features_nprf`, `weights`, `attention` and `recorded_attention`, one
+    kernel each, `forward_prf`, `forward_nprf`, `recorded_prf` and `recorded_nprf`, which call them, and for short
+    sequences `fused_prf` and `fused_nprf`, one kernel that does all, and `clustered_prf` and `clustered_nprf`, which
+    do the same on GPUs that have clusters.
 
     Batch, heads and lengths are read from the arguments of each call.
     """
     functions = {f"features_{feature_map}": features(config, feature_map) for feature_map in FEATURE_MAPS}
     functions["weights"] = direct_weights()
     functions["attention"] = direct_attention(config)
+    functions["recorded_attention"] = direct_attention(config, is_recorded=True)
     functions |= forward_functions(config)
     one_kernel, of_clusters = fused(config), clustered(config)
     for feature_map in FEATURE_MAPS:

@@ -58,7 +58,6 @@ def _buffers(
             ("phi_q", phi(config, batch, heads, n_query, config.tile_q), config.dtype, 2),
             ("phi_k", phi(config, batch, heads, n_key, config.tile_k), config.dtype, 2),
             ("table", gpu_direct.table_shape(config, heads, n_query, n_key), "float32", 4),
-            ("denominators", (batch, heads, n_query), "float32", 4),
         ]
     if isinstance(config, TileConfig):
         of_phi = gpu_buffers.features(config, batch, heads)

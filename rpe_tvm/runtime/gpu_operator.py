@@ -59,7 +59,8 @@ def function_names(config: GpuConfig | AnyBackwardConfig) -> tuple[str, ...]:
     if isinstance(config, TensorCoreConfig):
         fused = _FUSED if gpu_direct.fused(config) else ()
         clustered = _CLUSTERED if gpu_direct.clustered(config) else ()
-        return (*_FEATURES, "weights", "attention", *_FORWARD, *_RECORDED, *fused, *clustered)
+        kernels = (*_FEATURES, "weights", "attention", "recorded_attention")
+        return (*kernels, *_FORWARD, *_RECORDED, *fused, *clustered)
     if config.columns == 1:
         return (*_FEATURES, "largest", *_SHORT, "normalise", *_FORWARD)
     return (*_FEATURES, "largest", *_LONG, "normalise")

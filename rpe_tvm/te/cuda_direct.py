@@ -24,8 +24,9 @@ from rpe_tvm.te.cuda_walk import walk
 from rpe_tvm.te.cuda_warp import Buffer, Expr
 
 
-def direct_attention(config: TensorCoreConfig) -> tvm.tirx.PrimFunc:
-    """Return the scheduled function `attention(phi_q, phi_k, value, table, causal, denominators, out)` for CUDA.
+def direct_attention(config: TensorCoreConfig, is_recorded: bool = False) -> tvm.tirx.PrimFunc:
+    """Return the scheduled function `attention(phi_q, phi_k, value, table, causal, out)` for CUDA, or
+    `recorded_attention(phi_q, phi_k, value, table, causal, denominators, out)`, for which gradients will be asked.
 
     Arguments of the function: phi_q `[B, H, n_q', m']`, phi_k `[B, H, n_k', m']` and table `[H, n_q' + n_k']` as
     in `plan.gpu_direct`, value `[B, H, n_k, d]` and out `[B, H, n_q, d]` with any strides that are multiples of 8,
@@ -33,8 +34,8 @@ def direct_attention(config: TensorCoreConfig) -> tvm.tirx.PrimFunc:
     diagonal are skipped; denominators `[B, H, n_q]` float32: what numerators are divided by, which gradients take. All
     sizes but m and d are read from the arguments.
     """
-    with function("attention") as built:
-        _build(config)
+    with function("recorded_attention" if is_recorded else "attention") as built:
+        _build(config, is_recorded)
     return built.get()
 
 
@@ -46,7 +47,7 @@ class _Arguments:
     phi_k: Buffer
     value: Buffer
     table: Buffer
-    denominators: Buffer
+    denominators: Buffer | None
     out: Buffer
     n_query: Expr
     n_key: Expr
@@ -54,7 +55,7 @@ class _Arguments:
     causal: Expr
 
 
-def _arguments(config: TensorCoreConfig) -> tuple[_Arguments, Expr, Expr]:
+def _arguments(config: TensorCoreConfig, is_recorded: bool) -> tuple[_Arguments, Expr, Expr]:
     names = ("batch", "heads", "n_query", "n_key", "rows_q", "rows_k")
     batch, heads, n_query, n_key, rows_q, rows_k = (named(name, T.int64()) for name in names)
     dtype, features, channels = config.dtype, T.int64(config.padded_features), T.int64(config.head_dim)
@@ -63,13 +64,13 @@ def _arguments(config: TensorCoreConfig) -> tuple[_Arguments, Expr, Expr]:
     value = argument("value", (batch, heads, n_key, channels), dtype, strided=True)
     table = argument("table", (heads, rows_q + rows_k), "float32")
     causal = T.arg("causal", T.int64())
-    denominators = argument("denominators", (batch, heads, n_query), "float32", align=4)
+    denominators = argument("denominators", (batch, heads, n_query), "float32", align=4) if is_recorded else None
     out = argument("out", (batch, heads, n_query, channels), dtype, strided=True)
     return _Arguments(phi_q, phi_k, value, table, denominators, out, n_query, n_key, rows_q, causal), batch, heads
 
 
-def _build(config: TensorCoreConfig) -> None:
-    args, batch, heads = _arguments(config)
+def _build(config: TensorCoreConfig, is_recorded: bool) -> None:
+    args, batch, heads = _arguments(config, is_recorded)
     with (
         T.launch_thread("blockIdx.x", args.rows_q // config.tile_q) as block,
         T.launch_thread("blockIdx.y", heads) as h,

@@ -74,8 +74,10 @@ def _forward(config: GpuConfig, feature_map: str, is_recorded: bool) -> tvm.tirx
         if isinstance(config, TensorCoreConfig | TileConfig):
             origin = round_up(n_q, config.tile_q)
             call("weights", bias, n_q, n_k, causal, origin, buffer["table"])
-            sums = buffer["denominators"]
-            call("attention", buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, sums, out)
+            # tensor cores have a kernel without them: to store them takes 1 % of it
+            sums = (buffer["denominators"],) if "denominators" in buffer else ()
+            name = "recorded_attention" if is_recorded and isinstance(config, TensorCoreConfig) else "attention"
+            call(name, buffer["phi_q"], buffer["phi_k"], value, buffer["table"], causal, *sums, out)
         else:
             call("largest", bias, n_q, n_k, causal, buffer["largest"])
             call("spectrum", bias, buffer["largest"], n_q, n_k, causal, tables, buffer["spectrum"])

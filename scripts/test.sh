@@ -2,6 +2,10 @@
 # Sets up .venv and runs all checks and tests. Arguments go to pytest: bash scripts/test.sh -k buckets
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Only tests need them: they are installed while other things are.
+packages=$(mktemp)
+bash scripts/debian_packages.sh >"$packages" 2>&1 &
+trap 'wait; rm -f "$packages"' EXIT
 source scripts/setup.sh requirements-test.txt
 
 step() {
@@ -13,13 +17,14 @@ export OMP_WAIT_POLICY=passive
 # Some images set it, and every process that tests start would compile our modules anew.
 unset PYTHONDONTWRITEBYTECODE
 
-step "Debian packages"
-bash scripts/debian_packages.sh
 step "ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 step "mypy"
 "$python" -m mypy
+step "Debian packages"
+wait
+cat "$packages"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   step "pytest (with GPU tests)"
   workers=0 # one process: tests on a GPU share it

@@ -60,18 +60,22 @@ static void barrier() { waiting[running] = 1; pause(); }
 LAUNCHER = r"""
 static void** arguments;
 static std::vector<char> done;
-static std::vector<char> stacks;
+static char* stacks;  // of as many threads as a block had; pages that nothing touches take no memory
+static int room;
 static void enter() { call_kernel(arguments); done[running] = 1; _longjmp(scheduler, 1); }
 // Runs the threads of one block in the order of `order` (1 forwards, -1 backwards) between barriers.
 extern "C" int run_block(int bx, int by, int bz, int threads, int order, void** a) {
   const size_t stack = 1 << 18;
-  stacks.resize(stack * threads);
+  if (threads > room) {
+    free(stacks);
+    stacks = (char*)malloc(stack * (room = threads));
+  }
   fibers.assign(threads, Fiber()); done.assign(threads, 0); waiting.assign(threads, 0);
   arguments = a; blockIdx = {bx, by, bz};
   for (int t = 0; t < threads; t++) {
     ucontext_t& start = fibers[t].start;
     getcontext(&start);
-    start.uc_stack.ss_sp = stacks.data() + stack * t; start.uc_stack.ss_size = stack;
+    start.uc_stack.ss_sp = stacks + stack * t; start.uc_stack.ss_size = stack;
     makecontext(&start, enter, 0);
   }
   int left = threads, status = 0;

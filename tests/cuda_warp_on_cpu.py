@@ -26,7 +26,6 @@ RUNTIME = r"""
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -233,7 +232,7 @@ extern "C" void launch(const uint64_t* given, const int* grid, int threads, int 
   copies_late = late;
   const size_t STACK = 1 << 18;
   const int all = size * threads;
-  std::unique_ptr<char[]> stacks(new char[STACK * all]);  // pages that nothing touches take no memory
+  char* stacks = (char*)malloc(STACK * all);  // pages that nothing touches take no memory
   for (int z = 0; z < grid[2]; z++) for (int y = 0; y < grid[1]; y++) for (int x = 0; x < grid[0]; x += size) {
     first_block = {x, y, z};
     memset(all_shared_memory, 0xff, size * SHARED);  // NaN
@@ -249,7 +248,7 @@ extern "C" void launch(const uint64_t* given, const int* grid, int threads, int 
       fibre.rank = t / threads;
       fibre.groups.resize(1);
       getcontext(&fibre.start);
-      fibre.start.uc_stack.ss_sp = &stacks[STACK * t];
+      fibre.start.uc_stack.ss_sp = stacks + STACK * t;
       fibre.start.uc_stack.ss_size = STACK;
       makecontext(&fibre.start, run_thread, 0);
     }
@@ -269,6 +268,7 @@ extern "C" void launch(const uint64_t* given, const int* grid, int threads, int 
       }
     }
   }
+  free(stacks);
 }
 """
 

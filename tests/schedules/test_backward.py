@@ -40,7 +40,7 @@ def by_tiles(m, d, tile):
 
 
 FFT = [
-    (AVX2, by_fft(5, 7, (8,), (8,), 4)),
+    (AVX2, by_fft(5, 7, (4,), (4,), 4)),
     (AVX2, by_fft(16, 40, (5,), (8, 2), 8)),
     (HERE, by_fft(5, 3, (3, 4), (4, 4), 8)),  # fewer channels than lanes
     (HERE, fft_config(HERE.id, 64, 24, 80, HERE.lanes)),

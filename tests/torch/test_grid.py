@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.torch import grid_attention, grid_toeplitz_matmul
 
-B, H, D, DV = 2, 3, 8, 5
+B, H, D, DV = 2, 3, 8, 6  # compiled for other tests, too
 # Grids whose products have one length, that of a bucket: each length is compiled.
 GRIDS = st.sampled_from([(h, w) for h in range(1, 10) for w in range(1, 10) if (h - 1) * (2 * w - 1) + w <= 64])
 
@@ -71,7 +71,7 @@ def test_attention_is_the_dense_formula(grid, is_causal, masked):
     )
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 63), (63, 1), (2, 2), (14, 14), (5, 11)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 63), (63, 1), (2, 2), (9, 18), (5, 11)])
 def test_sizes(height, width):
     both(lambda *x: grid_attention(*x, feature_map=elu_features), dense_attention, inputs(height, width))
 

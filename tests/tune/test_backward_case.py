@@ -16,7 +16,7 @@ from rpe_tvm.schedules.cpu import Choices
 from rpe_tvm.tune import inputs, measure, session, store, verify
 from rpe_tvm.tune.builder import build_schedules
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("processes_without_torch")]
 
 TARGET = targets.detect()
 CONFIG = BackwardConfig(3, 24, 128, "fft", (4, 4), (2, 4), lanes=8)  # the last pair of lanes is half empty

@@ -1,7 +1,6 @@
 """A tuning run end to end on a small operator: records, resumption, refusal of wrong candidates, errors."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from rpe_tvm.tune.builder import build_schedules
 from rpe_tvm.tune.cli import main
 from rpe_tvm.tune.runner import Settings
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("processes_without_torch")]
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = targets.detect()
@@ -52,9 +51,8 @@ def options(run):
 def test_a_killed_run_goes_on_and_ships_a_record_that_lower_finds_and_verify_accepts(run, monkeypatch, capfd):
     command = [sys.executable, str(ROOT / "scripts" / "tune_x86.py"), *options(run)]
     command[command.index("--trials") + 1] = "400"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     database = run.work_dir / TARGET.id / "attention" / "n64-m8-d16" / "database" / "database_tuning_record.json"
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
         while not (database.exists() and database.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -16,7 +16,7 @@ from rpe_tvm.torch.devices import check_device
 from rpe_tvm.torch.feature_maps import COMPILED, FeatureMap, FeatureMapFunction
 from rpe_tvm.torch.padding import without_padding
 from rpe_tvm.torch.plain import is_plain, records_gradients
-from rpe_tvm.torch.recorded import recorded
+from rpe_tvm.torch.recorded import Tensors, recorded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -108,20 +108,25 @@ def _compiled(
     tensors = q, k, v, b, projection
     if (q.is_cuda or q.is_cpu) and is_plain(*tensors):
         operators.check_projection(projection, q.shape[3])  # what _check_inputs has not seen
-        kernel = operators.attention_on_gpu if q.is_cuda else operators.attention_on_cpu
         if not records_gradients(*tensors):
+            kernel = operators.attention_on_gpu if q.is_cuda else operators.attention_on_cpu
             return kernel(*tensors, feature_map, is_causal)
-        if q.is_cpu:
-            return recorded(lambda tensors: kernel(*tensors, feature_map, is_causal), tensors, feature_map, is_causal)
+        if not q.is_cuda:
+            kept = operators.kept_features(q, k, projection)
+
+            def forward(tensors: Tensors) -> Tensor:
+                return operators.attention_on_cpu(*tensors, feature_map, is_causal, kept)
+
+            return recorded(forward, tensors, feature_map, is_causal, kept)
     return cast(Tensor, torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, projection, feature_map, is_causal))
 
 
 def _on_tensor_cores(query: Tensor, key: Tensor, feature_map: FeatureMap) -> bool:
     """Whether there is a kernel for 16-bit numbers as they are."""
+    if not query.is_cuda or hip.is_hip():
+        return False
     n = max(query.shape[2], key.shape[2])
-    dtype = operators.dtype_name(query.dtype)
-    is_nvidia = query.is_cuda and not hip.is_hip()
-    return is_nvidia and gpu_choice.is_direct(n, feature_map.num_features, query.shape[3], dtype)
+    return gpu_choice.is_direct(n, feature_map.num_features, query.shape[3], operators.dtype_name(query.dtype))
 
 
 def _on_features(

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 
 from rpe_tvm.torch import operators
+from rpe_tvm.torch.layouts import Sides
 from rpe_tvm.torch.plain import is_plain
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, rpe_bias, projection
 
 
-def recorded(forward: Callable[[Tensors], Tensor], tensors: Tensors, feature_map: str, is_causal: bool) -> Tensor:
+def recorded(
+    forward: Callable[[Tensors], Tensor],
+    tensors: Tensors,
+    feature_map: str,
+    is_causal: bool,
+    kept: Sides | None = None,
+) -> Tensor:
     """``forward(tensors)`` with the operator's gradients; where nothing but autograd sees the call (`plain.is_plain`).
 
     Parameters
@@ -29,25 +36,29 @@ def recorded(forward: Callable[[Tensors], Tensor], tensors: Tensors, feature_map
         query, key, value, rpe_bias and projection, which fit together.
     feature_map, is_causal
         As of the operator.
+    kept : Sides, optional
+        Where forward leaves the features for the gradients, `operators.kept_features`.
     """
     record: Any = _Attention.apply
-    return cast(Tensor, record(*tensors, feature_map, is_causal, forward))
+    return cast(Tensor, record(*tensors, feature_map, is_causal, forward, kept))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, (ctx.feature_map, ctx.is_causal, forward) = arguments[:5], arguments[5:]
+        tensors, (ctx.feature_map, ctx.is_causal, forward, kept) = arguments[:5], arguments[5:]
         out: Tensor = forward(tensors)
-        ctx.save_for_backward(*tensors, out)
+        ctx.save_for_backward(*tensors, out, None if kept is None else kept.both)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = grad_out, *ctx.saved_tensors, ctx.feature_map, ctx.is_causal, ctx.needs_input_grad[4]
-        operator: Any = torch.ops.rpe_tvm.kernelized_attention_backward
+        *tensors, kept = ctx.saved_tensors
+        arguments = [grad_out, *tensors, ctx.feature_map, ctx.is_causal, ctx.needs_input_grad[4]]
         # where gradients of these gradients are asked for, the operator says that there are none
+        kernel: Any = torch.ops.rpe_tvm.kernelized_attention_backward
         if not torch.is_grad_enabled() and is_plain(grad_out):
-            on_gpu = grad_out.is_cuda
-            operator = operators.attention_backward_on_gpu if on_gpu else operators.attention_backward_on_cpu
-        return (*operator(*arguments), None, None, None)
+            kernel = operators.attention_backward_on_gpu
+            if not grad_out.is_cuda:
+                kernel, arguments = operators.attention_backward_on_cpu, [*arguments, kept]
+        return (*kernel(*arguments), None, None, None, None)

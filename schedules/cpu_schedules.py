@@ -91,10 +91,6 @@ class CpuSchedules:
         """Apply the schedule of the table or the spectrum of the weights exp(b)."""
         (cpu.direct_weights if config.algorithm == "direct" else cpu.fft_weights)(sch, config)
 
-    def direct_row_weights(self, sch: Schedule, config: BackwardConfig) -> None:
-        """Apply the schedule of the denominators by tiles and of the weights of rows."""
-        cpu_direct_backward.direct_row_weights(sch, config, self.default_choices(config))
-
     def fft_row_weights(self, sch: Schedule, config: BackwardConfig) -> None:
         """Apply the schedule of the weights of rows in the gradients of the denominator."""
         cpu_denominator_backward.fft_row_weights(sch, config)

@@ -16,12 +16,10 @@ from rpe_tvm.schedules.of_machine import schedules_of
 from rpe_tvm.targets import TargetSpec
 from rpe_tvm.te import shapes
 from rpe_tvm.te.denominator_backward import fft_denominator_backward, fft_row_weights
-from rpe_tvm.te.direct_row_weights import direct_row_weights
 from rpe_tvm.te.features import FEATURE_MAPS
 from rpe_tvm.te.features_backward import features_backward
 
-# What is compiled beside `backward`: name in the library, tensor expressions, schedule.
-_DIRECT = (("row_weights", direct_row_weights, CpuSchedules.direct_row_weights),)
+# What FFTs have beside `backward`: name in the library, tensor expressions, schedule.
 _FFT = (
     ("row_weights", fft_row_weights, CpuSchedules.fft_row_weights),
     ("denominator_backward", fft_denominator_backward, CpuSchedules.fft_denominator_backward),
@@ -41,7 +39,7 @@ def lower(config: BackwardConfig, target: TargetSpec) -> Lowered:
         sch = _unscheduled(features_backward(config, shapes.symbolic(), feature_map))
         schedules.features_backward(sch, config, feature_map)
         functions[f"features_{feature_map}_backward"] = named(sch, f"features_{feature_map}_backward")
-    for name, expressions, apply in _DIRECT if config.algorithm == "direct" else _FFT:
+    for name, expressions, apply in () if config.algorithm == "direct" else _FFT:
         sch = _unscheduled(expressions(config, shapes.symbolic()))
         apply(schedules, sch, config)
         functions[name] = named(sch, name)

@@ -16,7 +16,7 @@ from rpe_tvm.plan.twiddles import BLOCK
 class BackwardConfig(AttentionConfig):
     """How the gradients are computed; the fields are those of attention.
 
-    The keys of a tile of `direct` are divided among `parts` tasks.
+    The queries of a tile of `direct` are divided among `parts` tasks.
     """
 
     op: ClassVar[str] = "backward"
@@ -25,10 +25,11 @@ class BackwardConfig(AttentionConfig):
         super().__post_init__()
         if self.algorithm == "direct":
             rows, columns = self.tile
-            if BLOCK % rows or rows % self.lanes or columns % (self.parts * self.lanes):
+            of_part = rows // self.parts
+            if rows % self.parts or BLOCK % of_part or of_part % self.lanes or columns % self.lanes:
                 raise ValueError(
-                    f"Invalid tile of gradients: expected a multiple of {self.lanes} that divides {BLOCK} and a "
-                    f"multiple of {self.parts * self.lanes}, got {self.tile}."
+                    f"Invalid tile of gradients: expected {self.parts} times a multiple of {self.lanes} that divides "
+                    f"{BLOCK}, and a multiple of {self.lanes}, got {self.tile}."
                 )
 
     @property
@@ -40,7 +41,7 @@ class BackwardConfig(AttentionConfig):
     def parts(self) -> int:
         """Into how many parts a head is divided: tasks of their own, each with its own sums.
 
-        `fft` divides the channels, `direct` the keys of each tile.
+        `fft` divides the channels, `direct` the queries of each tile.
         """
         if self.algorithm == "direct":
             return 2
@@ -50,14 +51,14 @@ class BackwardConfig(AttentionConfig):
 
 # Time of log2(n) m d butterflies for a position by FFT, in multiplications of tiles: measured on znver4. With the rates
 # of the forward pass there it is 3.4 of its passes by FFT.
-_FFT_COST, _FORWARD_PASSES = 43.0, 3.4
+_FFT_COST, _FORWARD_PASSES = 40.0, 3.4
 # Short sequences are always computed by tiles, row by row: small denominators keep their digits.
 _SHORTEST_FFT, _LONGEST_DIRECT = 256, 4096
 
 
 def longest_direct(target_id: str, num_features: int, head_dim: int, lanes: int) -> int:
     """Return the longest bucket whose gradients are faster by tiles than by FFT, as of `wisdom.rule`."""
-    pair = 4 * num_features + 2 * head_dim
+    pair = 3 * num_features + 2 * head_dim
     rates = static_rates.rates(target_id)
 
     def is_direct(n: int) -> bool:
@@ -73,7 +74,7 @@ def longest_direct(target_id: str, num_features: int, head_dim: int, lanes: int)
 def direct_config(target_id: str, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
     """Return the config of the gradients by tiles, one for all lengths: nothing that is compiled depends on them."""
     length = longest_direct(target_id, num_features, head_dim, lanes)
-    return BackwardConfig(num_features, head_dim, length, "direct", tile=(64, 128), lanes=lanes)
+    return BackwardConfig(num_features, head_dim, length, "direct", tile=(128, 64), lanes=lanes)
 
 
 def fft_rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:

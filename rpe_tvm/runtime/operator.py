@@ -36,7 +36,7 @@ def backward_functions(config: AttentionConfig) -> tuple[str, ...]:
     shared = (*FUNCTIONS[:-1], *(f"features_{name}_backward" for name in FEATURE_MAPS), "backward")
     if config.algorithm == "fft":
         return (*shared, "row_weights", "denominator_backward")
-    return (*shared, "row_weights")
+    return shared
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,7 @@ def run(
     *,
     feature_map: str,
     is_causal: bool,
+    phi: tuple[Any, Any] | None = None,
 ) -> None:
     """Call the kernels of one compiled length on arguments that are known to fit; `Attention` checks them
     first.
@@ -252,12 +253,15 @@ def run(
         ``"nprf"`` or ``"prf"``.
     is_causal
         Whether query i sees only keys j <= i.
+    phi
+        Memory for the features of queries and of keys, each of `twiddles.feature_shape`; None: this thread's.
     """
     batch, heads, n_q, _ = query.shape
     n_k = key.shape[2]
-    phi_shape = twiddles.feature_shape(config, batch, heads, n_q, n_k)
-    phi_q = scratch("phi_q", phi_shape)
-    phi_k = scratch("phi_k", phi_shape)
+    if phi is None:
+        phi_shape = twiddles.feature_shape(config, batch, heads, n_q, n_k)
+        phi = scratch("phi_q", phi_shape), scratch("phi_k", phi_shape)
+    phi_q, phi_k = phi
     table = scratch("table", twiddles.weight_table_shape(config, heads, n_q, n_k))
     features = functions[f"features_{feature_map}"]
     features(query, projection, phi_q)

@@ -108,13 +108,15 @@ def _compiled(
     tensors = q, k, v, b, projection
     if (q.is_cuda or q.is_cpu) and is_plain(*tensors):
         operators.check_projection(projection, q.shape[3])  # what _check_inputs has not seen
-        kernel = operators.attention_on_gpu if q.is_cuda else operators.attention_on_cpu
         if not records_gradients(*tensors):
+            kernel = operators.attention_on_gpu if q.is_cuda else operators.attention_on_cpu
             return kernel(*tensors, feature_map, is_causal)
-        if q.is_cpu:
+        if not q.is_cuda:
+            kept = operators.kept_features(q, k, projection)
 
-            def forward(given: Tensors) -> tuple[Tensor, None]:
-                return kernel(*given, feature_map, is_causal), None
+            def forward(given: Tensors) -> tuple[Tensor, Tensor | None]:
+                out = operators.attention_on_cpu(*given, feature_map, is_causal, kept)
+                return out, None if kept is None else kept.both
 
             return recorded(forward, tensors, feature_map, is_causal)
     return cast(Tensor, torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, projection, feature_map, is_causal))
@@ -122,10 +124,10 @@ def _compiled(
 
 def _on_tensor_cores(query: Tensor, key: Tensor, feature_map: FeatureMap) -> bool:
     """Whether there is a kernel for 16-bit numbers as they are."""
+    if not query.is_cuda or hip.is_hip():
+        return False
     n = max(query.shape[2], key.shape[2])
-    dtype = operators.dtype_name(query.dtype)
-    is_nvidia = query.is_cuda and not hip.is_hip()
-    return is_nvidia and gpu_choice.is_direct(n, feature_map.num_features, query.shape[3], dtype)
+    return gpu_choice.is_direct(n, feature_map.num_features, query.shape[3], operators.dtype_name(query.dtype))
 
 
 def _on_features(

@@ -18,7 +18,7 @@ from torch import Tensor
 from rpe_tvm.errors import SecondGradientError
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.plan.twiddles import BLOCK, frequencies, weight_table_shape
+from rpe_tvm.plan.twiddles import frequencies, weight_table_shape
 from rpe_tvm.runtime import Instance
 from rpe_tvm.torch.layouts import Sides, last_axis_contiguous, scratch_sides, scratch_tensor
 
@@ -69,16 +69,12 @@ def _by_tiles(
     table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
     functions["weights"](rpe_bias, n_q, n_k, int(is_causal), instance.tables, table)
     grad, out = last_axis_contiguous(grad_out), last_axis_contiguous(out)
-    rows = batch, heads, -(-n_q // BLOCK), BLOCK
-    denominator, weight = scratch_tensor("denominator", rows), scratch_tensor("w", rows)
-    functions["row_weights"](phi.query, phi.key, n_q, n_k, table, grad, out, denominator, weight)
-    offsets = table.shape[1]
-    grad_bias = scratch_tensor("grad_bias", (batch, heads, offsets // config.lanes, config.lanes))
+    grad_bias = torch.empty((heads, n_q + n_k - 1))
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     grad_phi = scratch_sides("total", phi.both.shape)
-    functions["backward"](phi.both, value, grad, weight, denominator, table, grad_bias, grad_value, grad_phi.both)
-    by_offset = grad_bias.view(batch, heads, offsets).narrow(2, offsets // 2 - (n_q - 1), n_q + n_k - 1)
-    return Gradients(grad_phi, grad_value, by_offset.sum(0))
+    offset_sums = scratch_tensor("offset sums", (batch, heads, table.shape[1] // config.lanes, config.lanes))
+    functions["backward"](phi.both, value, grad, out, table, offset_sums, grad_value, grad_phi.both, grad_bias)
+    return Gradients(grad_phi, grad_value, grad_bias)
 
 
 def _by_fft(

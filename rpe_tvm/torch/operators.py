@@ -10,13 +10,14 @@ from torch import Tensor
 
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.plan import gpu_backward_choice
+from rpe_tvm.plan.twiddles import feature_shape
 from rpe_tvm.runtime import run
 from rpe_tvm.torch import cuda, cuda_backward
 from rpe_tvm.torch.backward import argument_gradients, attention_backward, refuse_second_gradients
 from rpe_tvm.torch.devices import check_device
 from rpe_tvm.torch.dispatch import get_backward, get_gpu_backward, get_gpu_operator, get_operator
 from rpe_tvm.torch.feature_maps import check_feature_map
-from rpe_tvm.torch.layouts import feature_memory, last_axis_contiguous
+from rpe_tvm.torch.layouts import Sides, feature_memory, last_axis_contiguous
 
 torch.library.define(
     "rpe_tvm::kernelized_attention",
@@ -126,8 +127,9 @@ def attention_on_cpu(
     projection: Tensor,
     feature_map: str,
     is_causal: bool,
+    kept: Sides | None = None,
 ) -> Tensor:
-    """The operator's kernel for CPUs, on arguments that fit as `check_inputs` asks."""
+    """The operator's kernel for CPUs, on arguments that fit as `check_inputs` asks; its features go to `kept`."""
     out = empty_output(query)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()  # no keys: zeros, as scaled_dot_product_attention gives
@@ -145,8 +147,24 @@ def attention_on_cpu(
         out,
         feature_map=feature_map,
         is_causal=is_causal,
+        phi=None if kept is None else kept[1:],
     )
     return out
+
+
+def kept_features(query: Tensor, key: Tensor, projection: Tensor) -> Sides | None:
+    """Memory in which `attention_on_cpu` leaves its features for the gradients: where these are by tiles, too.
+
+    Of a short sequence they are little memory, and to compute them again 4 % of a training step.
+    """
+    (batch, heads, n_q, d), n_k = query.shape, key.shape[2]
+    if 0 in (batch, heads, n_q, n_k):
+        return None
+    config = get_operator(max(n_q, n_k), projection.shape[0], d).config
+    if config.algorithm != "direct":
+        return None
+    both = torch.empty((2, *feature_shape(config, batch, heads, n_q, n_k)))
+    return Sides(both, both[0], both[1])
 
 
 @functools.cache
@@ -239,11 +257,11 @@ def attention_backward_on_cpu(
     feature_map: str,
     is_causal: bool,
     of_projection: bool,
-    denominators: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients' kernel for CPUs, of query, key, value, rpe_bias and projection; a projection's may be None.
 
-    Denominators are computed again: the forward pass on CPUs keeps none.
+    `kept` are the features that the forward pass left, see `kept_features`.
     """
     n_q, n_k = query.shape[2], key.shape[2]
     if out.numel() == 0 or n_k == 0:
@@ -252,9 +270,12 @@ def attention_backward_on_cpu(
     projection = projection.contiguous()
     query, key = last_axis_contiguous(query), last_axis_contiguous(key)
     phi = feature_memory(instance.config, query.shape[0], query.shape[1], n_q, n_k)
-    features = instance.functions[f"features_{feature_map}"]
-    features(query, projection, phi.query)
-    features(key, projection, phi.key)
+    if kept is not None and instance.config.algorithm == "direct" and kept.shape == phi.both.shape:
+        phi = Sides(kept, kept[0], kept[1])
+    else:
+        features = instance.functions[f"features_{feature_map}"]
+        features(query, projection, phi.query)
+        features(key, projection, phi.key)
     found = attention_backward(
         instance, grad_out, out, phi, last_axis_contiguous(value), rpe_bias.contiguous(), is_causal
     )

@@ -16,8 +16,7 @@ from rpe_tvm.torch import operators
 from rpe_tvm.torch.plain import is_plain
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, rpe_bias, projection
-
-
+# The output, and what the gradients take of the forward pass: denominators on GPUs, features on CPUs.
 Forward = Callable[[Tensors], tuple[Tensor, Tensor | None]]
 
 
@@ -28,7 +27,7 @@ def recorded(forward: Forward, tensors: Tensors, feature_map: str, is_causal: bo
     Parameters
     ----------
     forward : callable
-        Computes attention by its kernels; returns the output, and the denominators if it keeps them.
+        Computes attention by its kernels; returns the output, and what it keeps for the gradients, if anything.
     tensors : tuple of Tensor
         query, key, value, rpe_bias and projection, which fit together.
     feature_map, is_causal
@@ -42,17 +41,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         tensors, (ctx.feature_map, ctx.is_causal, forward) = arguments[:5], arguments[5:]
-        out, denominators = cast(Forward, forward)(cast(Tensors, tensors))
-        ctx.save_for_backward(*tensors, out, denominators)
+        out, kept = cast(Forward, forward)(cast(Tensors, tensors))
+        ctx.save_for_backward(*tensors, out, kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, denominators = ctx.saved_tensors
-        arguments = grad_out, *tensors, ctx.feature_map, ctx.is_causal, ctx.needs_input_grad[4], denominators
-        operator: Any = torch.ops.rpe_tvm.kernelized_attention_backward
+        *tensors, kept = ctx.saved_tensors
+        arguments = [grad_out, *tensors, ctx.feature_map, ctx.is_causal, ctx.needs_input_grad[4]]
+        kernel: Any = torch.ops.rpe_tvm.kernelized_attention_backward
         # where gradients of these gradients are asked for, the operator says that there are none
         if not torch.is_grad_enabled() and is_plain(grad_out):
             on_gpu = grad_out.is_cuda
-            operator = operators.attention_backward_on_gpu if on_gpu else operators.attention_backward_on_cpu
-        return (*operator(*arguments), None, None, None)
+            kernel = operators.attention_backward_on_gpu if on_gpu else operators.attention_backward_on_cpu
+            arguments.append(kept)
+        grads = kernel(*arguments)
+        return (*grads, None, None, None)

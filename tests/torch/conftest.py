@@ -73,6 +73,7 @@ class ReferenceOperator:
         *,
         feature_map: str,
         is_causal: bool,
+        phi: Any = None,
     ) -> None:
         arrays = {"query": query, "key": key, "value": value, "rpe_bias": rpe_bias, "projection": projection}
         self.calls.append({**arrays, "feature_map": feature_map, "is_causal": is_causal, "out": out})

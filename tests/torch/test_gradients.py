@@ -319,6 +319,20 @@ def test_lengths_and_dtypes_are_checked():
                 attend(*mixed)
 
 
+@pytest.mark.parametrize(("n_q", "n_k"), [(63, 130), (LONG, 20)])
+def test_features_that_the_forward_pass_kept(n_q, n_k):
+    """Short sequences keep them, the operator does not: the same bits, also where other calls come between."""
+    args, grad_out = inputs(n_q, n_k)
+    leaves = [x.requires_grad_() for x in args]
+    out = kernelized_attention(*leaves[:4], feature_map=NPRF(leaves[4]))
+    kernelized_attention(*inputs(n_q, n_k, seed=1)[0][:4], feature_map=NPRF(args[4])).sum().backward()
+    got = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    again = torch.autograd.grad(out, leaves, grad_out)
+    want = torch.autograd.grad(torch.ops.rpe_tvm.kernelized_attention(*leaves, "nprf", False), leaves, grad_out)
+    for x, y, z in zip(got, again, want, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+
+
 def test_opcheck():
     ops = torch.ops.rpe_tvm
     args, grad_out = inputs(5, 7, heads=2, batch=2)

@@ -6,7 +6,7 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.schedules import cpu
+from rpe_tvm.schedules import cpu_fft
 from rpe_tvm.schedules.cpu import (
     Block,
     Choices,
@@ -24,7 +24,7 @@ from rpe_tvm.te.dft import COMPOSITE
 
 def fft_row_weights(sch: Schedule, config: BackwardConfig) -> None:
     """Schedule `te.fft_row_weights`: the denominators, then rows of neighbouring columns."""
-    cpu.fft_denominator(sch, config, Choices())
+    cpu_fft.fft_denominator(sch, config, Choices())
     split = split_of(config)
     inverse, weight = sch.get_sblock("inverse"), sch.get_sblock("w")
     for block in (inverse, weight):

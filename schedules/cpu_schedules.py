@@ -17,6 +17,7 @@ from rpe_tvm.schedules import (
     cpu_denominator_backward,
     cpu_direct_backward,
     cpu_features_backward,
+    cpu_fft,
     cpu_toeplitz,
 )
 from rpe_tvm.schedules.cpu import Choices
@@ -48,7 +49,8 @@ class CpuSchedules:
     def default_choices(self, config: AttentionConfig) -> Choices:
         """Return the fixed decisions of the default schedule."""
         if config.algorithm == "fft":
-            return Choices(cooperative=self._is_cooperative(config))
+            # parts are cut by the first of two stages or more
+            return Choices(cooperative=len(config.outer) > 1 and self._is_cooperative(config))
         return self.direct_choices(config)
 
     def default(self, sch: Schedule, config: AttentionConfig) -> None:
@@ -63,7 +65,7 @@ class CpuSchedules:
         elif config.algorithm == "direct":
             cpu.direct_attention(sch, config, choices)
         else:
-            cpu.fft_attention(sch, config, choices)
+            cpu_fft.fft_attention(sch, config, choices)
 
     def space(self, sch: Schedule, config: AttentionConfig) -> list[Schedule]:
         """Return the design spaces of the tuned function for MetaSchedule, tile sizes as `sample_*` decisions."""

@@ -72,9 +72,37 @@ void Raise(void* error) {
   }
 }
 
-// A loop is cut into this many pieces for each thread, and a thread takes the next piece when it has finished one: where
+// A loop is cut into this many pieces for each thread, and a thread that has finished its own takes those of others: where
 // another program holds up one core, the others do more.
 constexpr int kPiecesPerThread = 2;
+
+// Hands out the tasks of one loop. Each thread has a range of its own, the same one in every loop of this length, so that
+// it finds in its cache what it worked on in the loop before; when it is through it takes tasks of others.
+class Tasks {
+ public:
+  Tasks(int count, int threads) : count_(count), ranges_(threads < kMostRanges ? threads : kMostRanges) {
+    for (int range = 0; range < ranges_; ++range) next_[range].store(Begin(range));
+  }
+
+  // The next task for a thread, or -1 if there is none left.
+  int Take(int thread) {
+    for (int other = 0; other < ranges_; ++other) {
+      const int range = (thread + other) % ranges_;
+      const int task_id = next_[range].fetch_add(1);
+      if (task_id < Begin(range + 1)) return task_id;
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr int kMostRanges = 64;  // more threads share ranges: no memory to ask for
+
+  int Begin(int range) const { return static_cast<int>(static_cast<std::int64_t>(count_) * range / ranges_); }
+
+  int count_;
+  int ranges_;
+  std::atomic<int> next_[kMostRanges];
+};
 
 // Runs `task` once for each task_id in [0, number of tasks) and returns 0, or the status of a task that failed.
 // num_task == 0 leaves the number to us; the threads are OpenMP's, which torch.set_num_threads sets too. A loop inside a
@@ -83,12 +111,12 @@ int ParallelLaunch(ParallelTask task, void* data, int num_task) {
   const int threads = omp_get_max_threads();
   if (omp_in_parallel()) return RunTask(task, 0, 1, data);
   if (num_task <= 0) num_task = threads > 1 ? kPiecesPerThread * threads : 1;
-  std::atomic<int> next{0};
+  Tasks tasks(num_task, threads);
   std::atomic<int> status{0};
   std::atomic<void*> error{nullptr};
 #pragma omp parallel num_threads(threads) if (num_task > 1)
   {
-    for (int task_id; (task_id = next.fetch_add(1)) < num_task;) {
+    for (int task_id; (task_id = tasks.Take(omp_get_thread_num())) >= 0;) {
       const int result = RunTask(task, task_id, num_task, data);
       if (result == 0) continue;
       status.store(result);

@@ -8,7 +8,6 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.build.lower import Lowered, named, preparing_functions, tuned_function
 from rpe_tvm.build.parameters import relax_parameters
-from rpe_tvm.build.shared_arrays import share_arrays
 from rpe_tvm.build.workloads import STRIDED
 from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.schedules.cpu_schedules import CpuSchedules
@@ -43,8 +42,7 @@ def lower(config: BackwardConfig, target: TargetSpec) -> Lowered:
         sch = _unscheduled(expressions(config, shapes.symbolic()))
         apply(schedules, sch, config)
         functions[name] = named(sch, name)
-    scheduled, schedule = tuned_function(config, target)
-    functions["backward"] = share_arrays(scheduled)
+    functions["backward"], schedule = tuned_function(config, target)
     return Lowered(tvm.IRModule(functions), schedule)
 
 

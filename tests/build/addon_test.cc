@@ -50,6 +50,22 @@ void TestLaunch() {
   }
 }
 
+void TestThreadsBeginWithTheirOwnTasks() {
+  Tasks tasks(7, 3);
+  for (int expected : {2, 3, 4, 5, 6, 0}) CHECK(tasks.Take(1) == expected);  // its own, the next one's, the first one's
+  CHECK(tasks.Take(2) == 1);
+  for (int thread : {0, 1, 2}) CHECK(tasks.Take(thread) == -1);
+
+  Tasks many(500, 200);
+  bool taken[500] = {};
+  for (int i = 0; i < 500; ++i) {
+    const int task_id = many.Take(i % 200);
+    CHECK(0 <= task_id && task_id < 500 && !taken[task_id]);
+    taken[task_id] = true;
+  }
+  CHECK(many.Take(199) == -1);
+}
+
 void TestFewerThreadsThanAsked() {
   omp_set_dynamic(1);
   Record record{};
@@ -151,6 +167,7 @@ void TestAThreadLeavesNothing() {
 
 int main() {
   TestLaunch();
+  TestThreadsBeginWithTheirOwnTasks();
   TestFewerThreadsThanAsked();
   TestNestedRunsAsOneTask();
   TestFailures();

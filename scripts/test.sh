@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Only tests need them: they are installed while other things are.
 packages=$(mktemp)
 bash scripts/debian_packages.sh >"$packages" 2>&1 &
+installing=$!
 trap 'wait; rm -f "$packages"' EXIT
 source scripts/setup.sh requirements-test.txt
 
@@ -23,8 +24,10 @@ step "ruff"
 step "mypy"
 "$python" -m mypy
 step "Debian packages"
-wait
+failed=0
+wait "$installing" || failed=$?
 cat "$packages"
+test "$failed" = 0
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   step "pytest (with GPU tests)"
   workers=0 # one process: tests on a GPU share it

@@ -108,6 +108,20 @@ def place(sch: Schedule, stage: Stage, loop: Loop, preserve_unit_loops: bool = T
     return block
 
 
+def place_rows(sch: Schedule, rows: list[Stage], back_rows: list[Stage], loop: Loop, choices: Choices) -> Block:
+    """Place the stages of rows there and back under `loop`, a few rows at a time; returns the last of them."""
+    last = place(sch, back_rows[-1], loop)
+    few_rows, _ = tiled(sch, sch.get_loops(last)[-6], choices.rows, choices, largest=4)
+    for stage in reversed(back_rows[:-1]):
+        place(sch, stage, few_rows)
+    # the last forward and the first inverse stage of a row work on the same points: both stay in registers
+    first_back = sch.get_sblock(back_rows[0].name)
+    place(sch, rows[-1], sch.get_loops(first_back)[-5])
+    for stage in reversed(rows[:-1]):
+        place(sch, stage, few_rows)
+    return last
+
+
 def pad_rows(sch: Schedule, config: AttentionConfig, block: Block, points: int) -> None:
     """Pad the rows of what the last stage of columns or rows writes, so that walks across them use all cache sets."""
     line = 2 * config.lanes

@@ -6,7 +6,7 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.schedules.cpu import Choices, Loop, at_consumer, pad_rows, place, tiled, transform, vectorize
+from rpe_tvm.schedules.cpu import Choices, Loop, at_consumer, pad_rows, place, place_rows, tiled, transform, vectorize
 from rpe_tvm.schedules.cpu_parts import product_in_parts
 
 
@@ -34,15 +34,7 @@ def _circulant_product(
     for stage in reversed(back_columns[:-1]):
         place(sch, stage, column_loop)
 
-    last_row = place(sch, back_rows[-1], product_loop)
-    rows_outer, _ = tiled(sch, sch.get_loops(last_row)[-6], choices.rows, choices, largest=4)
-    for stage in reversed(back_rows[:-1]):
-        place(sch, stage, rows_outer)
-    # the last forward and the first inverse stage of a row work on the same points: both stay in registers
-    first_back = sch.get_sblock(back_rows[0].name)
-    place(sch, rows[-1], sch.get_loops(first_back)[-5])
-    for stage in reversed(rows[:-1]):
-        place(sch, stage, rows_outer)
+    last_row = place_rows(sch, rows, back_rows, product_loop, choices)
 
     last_column = place(sch, columns[-1], product_loop)
     feature, column = sch.get_loops(last_column)[-7:-5]

@@ -12,7 +12,7 @@ from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.split import split_of
-from rpe_tvm.schedules.cpu import Choices, Loop, pad_rows, place, tiled, transform
+from rpe_tvm.schedules.cpu import Choices, Loop, pad_rows, place, place_rows, tiled, transform
 from rpe_tvm.schedules.in_place import keep_in_parts, write_in_place
 
 
@@ -39,15 +39,7 @@ def product_in_parts(sch: Schedule, name: str, config: AttentionConfig, choices:
     for stage in reversed(back_columns[:-2]):
         place(sch, stage, column)
 
-    last_row = place(sch, back_rows[-1], part)
-    rows_outer, _ = tiled(sch, sch.get_loops(last_row)[-6], choices.rows, choices, largest=4)
-    for stage in reversed(back_rows[:-1]):
-        place(sch, stage, rows_outer)
-    # the last forward and the first inverse stage of a row work on the same points: both stay in registers
-    first_back = sch.get_sblock(back_rows[0].name)
-    place(sch, rows[-1], sch.get_loops(first_back)[-5])
-    for stage in reversed(rows[:-1]):
-        place(sch, stage, rows_outer)
+    last_row = place_rows(sch, rows, back_rows, part, choices)
 
     last_column = place(sch, columns[-1], part)
     columns_outer, _ = tiled(sch, sch.get_loops(last_column)[-6], choices.columns, choices, largest=4)

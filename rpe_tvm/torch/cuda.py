@@ -90,8 +90,8 @@ Recorded = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | N
 def launch_recorded(instance: GpuInstance, query: Tensor, key: Tensor, feature_map: str, is_causal: bool) -> Recorded:
     """`launch`, for calls whose gradients will be asked for."""
     config, causal = instance.config, int(is_causal)
-    keeps = isinstance(config, TileConfig | TensorCoreConfig) and f"recorded_{feature_map}" in instance.functions
-    if not keeps or (isinstance(config, TensorCoreConfig) and _one_launch(config, query) is not None):
+    is_one_launch = isinstance(config, TensorCoreConfig) and _one_launch(config, query) is not None
+    if isinstance(config, GpuAttentionConfig) or is_one_launch:
         without = launch(instance, query, key, feature_map, is_causal)
         return lambda q, k, v, b, w, out: without(q, k, v, b, w, out)
     forward, size = instance.functions[f"recorded_{feature_map}"], _workspace_bytes(config, query.shape, key.shape[2])

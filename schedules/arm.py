@@ -27,5 +27,5 @@ def _armv7_choices(config: AttentionConfig) -> Choices:
     return Choices(row_block={1: 4, 2: 4}.get(vectors, 2), vectors=vectors, score_rows=4, score_vectors=2)
 
 
-AARCH64 = CpuSchedules(_aarch64_choices, score_vectors=(1, 2, 4), accumulators=16, task_floats=_TASK_FLOATS)
-ARMV7 = CpuSchedules(_armv7_choices, score_vectors=(1, 2), accumulators=8, task_floats=_TASK_FLOATS)
+AARCH64 = CpuSchedules(_aarch64_choices, score_vectors=(1, 2, 4), accumulators=lambda _: 16, task_floats=_TASK_FLOATS)
+ARMV7 = CpuSchedules(_armv7_choices, score_vectors=(1, 2), accumulators=lambda _: 8, task_floats=_TASK_FLOATS)

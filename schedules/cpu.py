@@ -143,7 +143,7 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
     at_consumer(sch, sums, task)
     row, vector, lane, block = sch.get_loops(sums)[-4:]
     # a tile of values serves all query rows of the tile, a buffer of weighted scores 64 of them
-    score_tile, row = sch.split(row, [None, min(config.tile[0], 64)])
+    score_tile, row = sch.split(row, [None, largest_divisor(config.tile[0], 64)])
     rows_outer, rows_inner = tiled(sch, row, choices.row_block, choices, largest=8)
     sch.reorder(block, score_tile, rows_outer, rows_inner, vector, lane)
     for name in ("row_sum", "product"):
@@ -203,6 +203,8 @@ def features(sch: Schedule, config: AttentionConfig, accumulators: int) -> None:
     sch.reorder(b, h, row_outer, column_outer, feature, row, column)
     task = sch.fuse(b, h, row_outer, column_outer)
     sch.parallel(task)
+    if config.algorithm == "direct":
+        sch.vectorize(sch.split(column, [None, config.lanes])[1])
 
     activated = sch.get_sblock("activated")
     at_consumer(sch, activated, task)

@@ -8,6 +8,7 @@ from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.plan.split import split_of
 from rpe_tvm.schedules.cpu import Choices, Loop, at_consumer, pad_rows, place, place_rows, tiled, transform, vectorize
 from rpe_tvm.schedules.cpu_parts import product_in_parts
+from rpe_tvm.schedules.in_place import write_in_place
 
 
 def _circulant_product(
@@ -15,8 +16,8 @@ def _circulant_product(
 ) -> None:
     """Place all stages of `te.toeplitz.circulant_product` but its last.
 
-    The two arrays of P points between the halves of the split live under `product_loop`; all other stages work on a
-    few columns or rows that stay in L1.
+    The array of P points between the halves of the split lives under `product_loop`; all other stages work on a few
+    columns or rows that stay in L1.
 
     Parameters
     ----------
@@ -43,9 +44,9 @@ def _circulant_product(
     for stage in reversed(columns[:-1]):
         place(sch, stage, feature)
 
+    write_in_place(sch, last_row, columns[-1].name)  # one array in place of two
     if choices.pad:
         pad_rows(sch, config, last_column, split.n1)
-        pad_rows(sch, config, last_row, split.n2)
 
 
 def fft_denominator(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:

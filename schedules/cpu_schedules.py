@@ -34,8 +34,8 @@ class CpuSchedules:
         Config of an operator by tiles -> the fixed decisions of its default schedule.
     score_vectors : tuple of int
         Vectors of keys that a search tries for the scores of `direct`.
-    accumulators : int
-        Vector registers in which features are summed.
+    accumulators : callable
+        Lanes of an operator -> vector registers in which features are summed.
     task_floats : int
         Arrays of one product by FFT with more floats are shared by all threads, because one for each thread would not
         fit into a shared cache.
@@ -43,7 +43,7 @@ class CpuSchedules:
 
     direct_choices: Callable[[AttentionConfig], Choices]
     score_vectors: tuple[int, ...]
-    accumulators: int
+    accumulators: Callable[[int], int]
     task_floats: int
 
     def default_choices(self, config: AttentionConfig) -> Choices:
@@ -83,7 +83,7 @@ class CpuSchedules:
 
     def features(self, sch: Schedule, config: AttentionConfig) -> None:
         """Apply the schedule of a feature map."""
-        cpu.features(sch, config, self.accumulators)
+        cpu.features(sch, config, self.accumulators(config.lanes))
 
     def features_backward(self, sch: Schedule, config: BackwardConfig, feature_map: FeatureMap) -> None:
         """Apply the schedule of the gradients of a feature map."""

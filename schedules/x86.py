@@ -1,4 +1,4 @@
-"""Schedules for x86 CPUs: the tile sizes that AVX2 and AVX-512 like."""
+"""Schedules for x86 CPUs: the tile sizes that AVX2, with 16 vector registers, and AVX-512, with 32, like."""
 
 from __future__ import annotations
 
@@ -8,15 +8,31 @@ from rpe_tvm.schedules.cpu import Choices
 from rpe_tvm.schedules.cpu_schedules import CpuSchedules
 
 
-def _direct_choices(config: AttentionConfig) -> Choices:
-    """8 to 16 accumulators, in 32 vector registers or in 16."""
-    has_avx512 = config.lanes == 16
-    vectors = cpu.largest_divisor(-(-config.head_dim // config.lanes), 8 if has_avx512 else 4)
+def _avx512_choices(config: AttentionConfig) -> Choices:
+    """16 accumulators, and 16 registers for their operands."""
+    vectors = cpu.largest_divisor(-(-config.head_dim // config.lanes), 8)
+    return Choices(row_block={1: 8, 2: 4, 3: 4}.get(vectors, 2), vectors=vectors, score_rows=4, score_vectors=4)
+
+
+def _avx2_choices(config: AttentionConfig) -> Choices:
+    """8 or 12 accumulators, and the other registers for their operands.
+
+    Two loads begin in a cycle, as two products do: 8 scores take 6 or 9 loads, 12 take 8.
+    """
+    vectors = cpu.largest_divisor(-(-config.head_dim // config.lanes), 4)
     row_block = {1: 8, 2: 4, 3: 4}.get(vectors, 2)
-    if has_avx512:
-        return Choices(row_block=row_block, vectors=vectors, score_rows=4, score_vectors=4)
-    return Choices(row_block=row_block, vectors=vectors, score_rows=8, score_vectors=1)
+    score_rows = 6 if config.tile[0] % 6 == 0 else 4
+    return Choices(row_block=row_block, vectors=vectors, score_rows=score_rows, score_vectors=2)
+
+
+def _direct_choices(config: AttentionConfig) -> Choices:
+    return (_avx512_choices if config.lanes == 16 else _avx2_choices)(config)
+
+
+def _accumulators(lanes: int) -> int:
+    """Half of the registers."""
+    return 16 if lanes == 16 else 8
 
 
 # Arrays of 2 MiB, for each thread, fill the cache that threads share.
-SCHEDULES = CpuSchedules(_direct_choices, score_vectors=(1, 2, 4), accumulators=16, task_floats=1 << 19)
+SCHEDULES = CpuSchedules(_direct_choices, score_vectors=(1, 2, 4), accumulators=_accumulators, task_floats=1 << 19)

@@ -79,7 +79,7 @@ def direct_config(target_id: str, num_features: int, head_dim: int, lanes: int) 
 
 def fft_rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> BackwardConfig:
     """Return the config of the gradients of a bucket by FFT where nothing was measured; arguments as of `choose`."""
-    fft = wisdom.fft_config(target_id, num_features, head_dim, length, wisdom.fft_lanes(target_id, lanes))
+    fft = wisdom.fft_config(target_id, num_features, head_dim, length, lanes)
     return BackwardConfig(num_features, head_dim, fft.length, "fft", fft.outer, fft.inner, lanes=fft.lanes)
 
 

@@ -74,5 +74,5 @@ def choose(target_id: str, n: int, head_dim: int, lanes: int) -> ToeplitzConfig:
     lanes : int
         Float32 lanes of the target's vectors.
     """
-    fft = wisdom.fft_config(target_id, 1, head_dim, bucket_length(n), wisdom.fft_lanes(target_id, lanes))
+    fft = wisdom.fft_config(target_id, 1, head_dim, bucket_length(n), lanes)
     return ToeplitzConfig(head_dim, fft.length, fft.outer, fft.inner, fft.lanes)

@@ -19,9 +19,10 @@ LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
 # Key in the manifest of logs that were measured on an emulated board.
 EMULATED = "emulated"
 
-# Sustained GFLOP/s of one thread, for targets without counted cycles: direct runs near the peak of the multipliers,
-# butterflies have more additions and memory traffic (measured on znver4; their ratio is what counts).
-_DIRECT_RATE, _FFT_RATE = 95.0, 75.0
+# Lanes of a target -> sustained GFLOP/s of one thread by tiles and by FFT, for targets without counted cycles: tiles
+# run near the peak of the multipliers, butterflies have more additions and memory traffic (measured on znver4 and
+# znver3; their ratio is what counts).
+_RATES = {16: (95.0, 75.0), 8: (79.0, 57.0)}
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ def records(target_id: str, kind: type[AttentionConfig] = AttentionConfig) -> tu
     return tuple(Wisdom(kind.from_json(e["config"]), e["ms"], e["default_ms"]) for e in entries)
 
 
-def largest_radix(target_id: str) -> int:
-    """Return the largest radix of a target: 8 complex vectors fill the 16 registers of 32-bit ARM."""
-    return 5 if target_id.startswith("armv7") else max(RADICES)
+def largest_radix(target_id: str, lanes: int) -> int:
+    """Return the largest radix of a target: 8 complex vectors fill the 16 registers of 32-bit ARM and of AVX2."""
+    has_16_registers = target_id.startswith("armv7") or (target_id.startswith("x86_64") and lanes == 8)
+    return 5 if has_16_registers else max(RADICES)
 
 
 def greedy_radices(points: int, largest: int = max(RADICES)) -> tuple[int, ...] | None:
@@ -121,6 +123,9 @@ def direct_config(num_features: int, head_dim: int, length: int, lanes: int) -> 
     """Return the default config of the direct algorithm."""
     # 128 queries share a tile of keys and values where there are enough tiles for all threads
     tile = (128, 64) if length >= 512 else (64, 64)
+    if lanes == 8:
+        # 16 registers sum scores of 6 queries; in a bucket of 64 LLVM would spill the sums of such tiles
+        tile = (48, 64) if length > 64 else (32, 64)
     return AttentionConfig(num_features, head_dim, length, "direct", tile=tile, lanes=lanes)
 
 
@@ -132,7 +137,8 @@ def fft_lanes(target_id: str, lanes: int) -> int:
 def fft_config(target_id: str, num_features: int, head_dim: int, length: int, lanes: int) -> AttentionConfig:
     """Return the default config of the fft algorithm: the fewest cycles of a target whose code was counted."""
     rates = static_rates.rates(target_id)
-    outer, inner = rates.best_halves(length) if rates else factorisations(length, 1, largest_radix(target_id))[0]
+    outer, inner = rates.best_halves(length) if rates else factorisations(length, 1, largest_radix(target_id, lanes))[0]
+    lanes = fft_lanes(target_id, lanes)
     # fewer lanes where more would be filled up with zeros
     while lanes > 4 and -(-head_dim // lanes) * lanes < -(-head_dim // (2 * lanes)) * 2 * lanes:
         lanes //= 2
@@ -141,14 +147,15 @@ def fft_config(target_id: str, num_features: int, head_dim: int, length: int, la
 
 def rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> AttentionConfig:
     """Return a config from cycles counted in compiled code, or from operation counts where there are none."""
-    found = fft_config(target_id, num_features, head_dim, length, fft_lanes(target_id, lanes))
+    found = fft_config(target_id, num_features, head_dim, length, lanes)
     rates = static_rates.rates(target_id)
     if rates:
         direct = rates.direct(length, num_features, head_dim, lanes)
         fft = rates.fft((found.outer, found.inner), num_features, head_dim, lanes)
     else:
-        direct = 2 * length**2 * (num_features + head_dim) / _DIRECT_RATE
-        fft = 10 * length * math.log2(length) * num_features * head_dim / _FFT_RATE
+        direct_rate, fft_rate = _RATES.get(lanes, _RATES[16])
+        direct = 2 * length**2 * (num_features + head_dim) / direct_rate
+        fft = 10 * length * math.log2(length) * num_features * head_dim / fft_rate
     return direct_config(num_features, head_dim, length, lanes) if direct <= fft else found
 
 
@@ -181,4 +188,4 @@ def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int)
         return nearest
     if nearest.algorithm == "direct":
         return replace(nearest, length=length)
-    return replace(fft_config(target_id, num_features, head_dim, length, nearest.lanes), lanes=nearest.lanes)
+    return replace(fft_config(target_id, num_features, head_dim, length, lanes), lanes=nearest.lanes)

@@ -102,7 +102,7 @@ def rates(target: TargetSpec) -> Rates:
     cycles: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     spills: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     weights = []
-    for outer, inner in _halves(wisdom.largest_radix(target.id)):
+    for outer, inner in _halves(wisdom.largest_radix(target.id, target.lanes)):
         length = math.prod(outer + inner)
         config = AttentionConfig(FEATURES, HEAD_DIM, length, "fft", outer, inner, lanes=target.lanes)
         loops = loops_of(config, schedules_of(target.machine).default_choices(config), target)

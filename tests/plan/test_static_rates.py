@@ -30,7 +30,7 @@ def test_every_arm_target_has_a_table_that_is_not_called_tuned(target_id):
     assert set(table["versions"]) >= {"apache-tvm", "rpe_tvm"}
     rates = Rates.from_json(table["rates"])
     assert Rates.from_json(json.loads(json.dumps(rates.to_json()))) == rates == static_rates.rates(target_id)
-    radices = {2, 3, 4, 5} | ({8} if wisdom.largest_radix(target_id) == 8 else set())
+    radices = {2, 3, 4, 5} | ({8} if wisdom.largest_radix(target_id, 4) == 8 else set())
     for kind in ("forward", "backward", "split", "unsplit", "turn"):
         assert set(getattr(rates, kind)) == set(rates.spills[kind]) == radices
         assert min(getattr(rates, kind).values()) > 0

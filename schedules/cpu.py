@@ -204,7 +204,10 @@ def features(sch: Schedule, config: AttentionConfig, accumulators: int) -> None:
     task = sch.fuse(b, h, row_outer, column_outer)
     sch.parallel(task)
     if config.algorithm == "direct":
-        sch.vectorize(sch.split(column, [None, config.lanes])[1])
+        # all features of a few positions: which of them exist is known before
+        few, lane = sch.split(column, [None, config.lanes])
+        sch.reorder(few, feature, lane)
+        sch.vectorize(lane)
 
     activated = sch.get_sblock("activated")
     at_consumer(sch, activated, task)

@@ -77,7 +77,7 @@ def kernelized_attention(
     On a GPU everything runs on torch's current stream, and nothing waits for it but the check of key_lengths.
     """
     compiled = cast(FeatureMap, feature_map) if type(feature_map) in COMPILED and key_lengths is None else None
-    if compiled is not None and query.is_cuda:
+    if compiled is not None and (query.is_cuda or query.is_cpu):
         known = eager.attention(query, key, value, rpe_bias, compiled, is_causal)
         if known is not None:
             return known
@@ -92,7 +92,7 @@ def kernelized_attention(
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     if compiled is not None:
         out = _compiled(q, k, v, b, compiled.projection.float(), compiled.name, is_causal)
-        if query.is_cuda and q is query and k is key and v is value:
+        if q is query and k is key and v is value:
             eager.remember(query, key, value, rpe_bias, compiled, is_causal)
     else:
         # Autocast would compute the features, and the attention on them, in half precision.
@@ -112,11 +112,9 @@ def _compiled(
             kernel = operators.attention_on_gpu if q.is_cuda else operators.attention_on_cpu
             return kernel(*tensors, feature_map, is_causal)
         if not q.is_cuda:
-            kept = operators.kept_features(q, k, projection)
 
             def forward(given: Tensors) -> tuple[Tensor, Tensor | None]:
-                out = operators.attention_on_cpu(*given, feature_map, is_causal, kept)
-                return out, None if kept is None else kept.both
+                return operators.recorded_on_cpu(*given, feature_map, is_causal)
 
             return recorded(forward, tensors, feature_map, is_causal)
     return cast(Tensor, torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, projection, feature_map, is_causal))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rpe_tvm.torch import hip
@@ -17,7 +18,11 @@ def check_nvidia(name: str, x: Tensor) -> None:
 
 
 def check_device(name: str, x: Tensor, first: Tensor) -> None:
-    """Raise ``ValueError`` unless x is on the CPU or an NVIDIA GPU, and where the first tensor of the call is."""
+    """Raise ``ValueError`` unless x is dense, on the CPU or an NVIDIA GPU, and where the first tensor is."""
+    if x.layout is not torch.strided:
+        raise ValueError(
+            f"Invalid layout of {name}: expected torch.strided, got {x.layout}. Convert it with .to_dense()."
+        )
     if not x.is_cpu and not x.is_cuda:
         raise ValueError(
             f"Invalid device of {name}: expected a CPU tensor or one on an NVIDIA GPU, got one on {x.device}. Move it "

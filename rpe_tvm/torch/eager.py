@@ -1,8 +1,9 @@
-"""Attention on GPUs, called as it was before: past torch's dispatcher, and past checks that an equal call has passed.
+"""Attention, called as it was before: past torch's dispatcher, and past checks that an equal call has passed.
 
-On an H100's host those take 40 us, and a kernel for 1024 positions 17. A call equals another one if its tensors have
-the same sizes, strides, dtypes and devices, begin at the same place within 16 bytes, and the rest of its arguments is
-the same: nothing else is checked, and nothing else decides which kernels run.
+On an H100's host those take 40 us, and a kernel for 1024 positions 17; on a CPU whose caches are full of what kernels
+left there 100 to 300 us. A call equals another one if its tensors have the same sizes, strides, dtypes and devices,
+begin at the same place within 16 bytes, and the rest of its arguments is the same: nothing else is checked, and nothing
+else decides which kernels run.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import torch
 from torch import Tensor
 
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
+from rpe_tvm.runtime import Instance, run
 from rpe_tvm.torch import operators
 from rpe_tvm.torch.cuda import Launch, Recorded, current_gpu, is_in_whole_pieces, launch, launch_recorded
-from rpe_tvm.torch.dispatch import get_gpu_operator, when_forgotten
+from rpe_tvm.torch.dispatch import get_gpu_operator, get_operator, when_forgotten
 from rpe_tvm.torch.feature_maps import FeatureMap
 from rpe_tvm.torch.plain import is_plain, records_gradients
-from rpe_tvm.torch.recorded import Tensors, recorded
+from rpe_tvm.torch.recorded import Forward, Tensors, recorded
 
 # Calls that are kept: those of a model with a few lengths. More begin anew.
 MOST_CALLS = 1024
 
-_known: dict[tuple[Any, ...], tuple[Launch, Recorded]] = {}
+# without gradients, and with them
+_known: dict[tuple[Any, ...], tuple[Forward, Forward]] = {}
 when_forgotten(_known.clear)
 
 
@@ -43,8 +46,8 @@ def attention(
     if known is None:
         return None
     if records_gradients(*tensors):
-        return recorded(functools.partial(_run, known[1]), tensors, feature_map.name, is_causal)
-    return _run(known[0], tensors)[0]
+        return recorded(known[1], tensors, feature_map.name, is_causal)
+    return known[0](tensors)[0]
 
 
 def remember(
@@ -54,14 +57,13 @@ def remember(
     tensors = query, key, value, rpe_bias, feature_map.projection
     if query.numel() == 0 or key.numel() == 0 or not is_plain(*tensors):
         return
-    n, (m, d) = max(query.shape[2], key.shape[2]), feature_map.projection.shape
-    instance = get_gpu_operator(query.get_device(), n, m, d, operators.dtype_name(query.dtype))
-    rows_fit = is_in_whole_pieces if isinstance(instance.config, TensorCoreConfig) else _is_last_axis_contiguous
-    if all(map(rows_fit, tensors[:3])) and all(x.is_contiguous() and x.dtype == torch.float32 for x in tensors[3:]):
+    if not all(x.is_contiguous() and x.dtype == torch.float32 for x in tensors[3:]):
+        return
+    found = (_find_on_gpu if query.is_cuda else _find_on_cpu)(tensors, feature_map.name, is_causal)
+    if found is not None:
         if len(_known) >= MOST_CALLS:
             _known.clear()
-        call = instance, query, key, feature_map.name, is_causal
-        _known[_signature(tensors, feature_map, is_causal)] = launch(*call), launch_recorded(*call)
+        _known[_signature(tensors, feature_map, is_causal)] = found
 
 
 def _is_last_axis_contiguous(x: Tensor) -> bool:
@@ -73,7 +75,37 @@ def _signature(tensors: Tensors, feature_map: FeatureMap, is_causal: bool) -> tu
     return (feature_map.name, is_causal, *itertools.chain.from_iterable(parts))
 
 
-def _run(known: Launch | Recorded, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
+def _find_on_gpu(tensors: Tensors, feature_map: str, is_causal: bool) -> tuple[Forward, Forward] | None:
+    query, key = tensors[:2]
+    n, (m, d) = max(query.shape[2], key.shape[2]), tensors[4].shape
+    instance = get_gpu_operator(query.get_device(), n, m, d, operators.dtype_name(query.dtype))
+    rows_fit = is_in_whole_pieces if isinstance(instance.config, TensorCoreConfig) else _is_last_axis_contiguous
+    if not all(map(rows_fit, tensors[:3])):
+        return None
+    call = instance, query, key, feature_map, is_causal
+    plain, keeping = launch(*call), launch_recorded(*call)
+    return functools.partial(_on_gpu, plain), functools.partial(_on_gpu, keeping)
+
+
+def _find_on_cpu(tensors: Tensors, feature_map: str, is_causal: bool) -> tuple[Forward, Forward] | None:
+    if not all(map(_is_last_axis_contiguous, tensors[:3])):
+        return None
+    instance = get_operator(max(tensors[0].shape[2], tensors[1].shape[2]), *tensors[4].shape)
+
+    def keeping(given: Tensors) -> tuple[Tensor, Tensor | None]:
+        return operators.recorded_on_cpu(*given, feature_map, is_causal)
+
+    return functools.partial(_on_cpu, instance, feature_map, is_causal), keeping
+
+
+def _on_cpu(instance: Instance, feature_map: str, is_causal: bool, tensors: Tensors) -> tuple[Tensor, None]:
+    out = operators.empty_output(tensors[0])
+    known = instance.functions, instance.config, instance.tables
+    run(*known, *tensors, out, feature_map=feature_map, is_causal=is_causal)
+    return out, None
+
+
+def _on_gpu(known: Launch | Recorded, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
     """The output, and what a recorded call keeps beside it."""
     query = tensors[0]
     out = operators.empty_output(query)

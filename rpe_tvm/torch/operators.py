@@ -152,6 +152,21 @@ def attention_on_cpu(
     return out
 
 
+def recorded_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpe_bias: Tensor,
+    projection: Tensor,
+    feature_map: str,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention_on_cpu`, and what the gradients take of it: its features, or nothing."""
+    kept = kept_features(query, key, projection)
+    out = attention_on_cpu(query, key, value, rpe_bias, projection, feature_map, is_causal, kept)
+    return out, None if kept is None else kept.both
+
+
 def kept_features(query: Tensor, key: Tensor, projection: Tensor) -> Sides | None:
     """Memory in which `attention_on_cpu` leaves its features for the gradients: where these are by tiles, too.
 

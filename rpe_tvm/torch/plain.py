@@ -18,11 +18,13 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether nothing but autograd sees the call.
 
     Not where something traces or transforms it (torch.compile, functorch, modes of a user's own), or a tensor is more
-    than memory (a subclass, a pending negation).
+    than strided memory (a subclass, a pending negation, another layout).
     """
     if torch.compiler.is_compiling() or _is_watched():
         return False
-    return _KINDS.issuperset(map(type, tensors)) and not any([x.is_neg() for x in tensors])  # noqa: C419  as below
+    if not _KINDS.issuperset(map(type, tensors)):
+        return False
+    return not any([x.is_neg() or x.layout is not torch.strided for x in tensors])  # noqa: C419  as below
 
 
 def records_gradients(*tensors: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Calls on a GPU that are like one before: what is skipped, and what makes a call another one. No GPU is needed."""
+"""Calls that are like one before: what is skipped, and what makes a call another one. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_an_equal_call_is_not_checked_again(checked: list[str], is_causal: bool)
     torch.testing.assert_close(out, _dense(*others, _map().projection, is_causal))
 
 
-@pytest.mark.parametrize(
+_CHANGES = pytest.mark.parametrize(
     "change",
     [
         lambda q, k, v, b: (q[:, :, 1:], k, v, b[:, 1:]),
@@ -112,6 +112,9 @@ def test_an_equal_call_is_not_checked_again(checked: list[str], is_causal: bool)
     ],
     ids=["queries", "keys", "strides", "dtype", "address", "batch"],
 )
+
+
+@_CHANGES
 def test_another_call_is_checked(checked: list[str], change: Callable[..., Any]) -> None:
     kernelized_attention(*_inputs(), feature_map=_map())
     kernelized_attention(*change(*_inputs()), feature_map=_map())
@@ -178,3 +181,68 @@ def test_gradients_of_gradients_are_refused(checked: list[str]) -> None:
     with pytest.raises(SecondGradientError):
         grad.sum().backward()
     assert checked == ["checked"]
+
+
+@pytest.fixture
+def checked_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which calls on the CPU were checked."""
+    calls: list[str] = []
+
+    def check(*arguments: Any) -> None:
+        calls.append("checked")
+        inner(*arguments)
+
+    inner = attention._check_inputs
+    monkeypatch.setattr(attention, "_check_inputs", check)
+    eager._known.clear()
+    return calls
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_an_equal_call_on_the_cpu_is_not_checked_again(checked_on_cpu: list[str], is_causal: bool) -> None:
+    for _ in range(2):
+        inputs = [torch.randn_like(x) for x in _inputs()]
+        out = kernelized_attention(*inputs, feature_map=_map(), is_causal=is_causal)
+        query, key, value, bias = inputs
+        # NPRF's features are those of directions, and factors of them cancel
+        directions = [x / x.norm(dim=-1, keepdim=True) for x in (query, key)]
+        torch.testing.assert_close(out, _dense(*directions, value, bias, _map().projection, is_causal))
+    assert checked_on_cpu == ["checked"]
+
+
+@_CHANGES
+def test_another_call_on_the_cpu_is_right(checked_on_cpu: list[str], change: Callable[..., Any]) -> None:
+    kernelized_attention(*_inputs(), feature_map=_map())
+    changed = change(*_inputs())
+    out = kernelized_attention(*changed, feature_map=_map())
+    fresh = [x.clone(memory_format=torch.contiguous_format) for x in changed]
+    eager._known.clear()
+    torch.testing.assert_close(out, kernelized_attention(*fresh, feature_map=_map()), rtol=0, atol=0)
+    assert checked_on_cpu == ["checked"] * 3
+
+
+def test_gradients_of_an_equal_call_on_the_cpu(checked_on_cpu: list[str]) -> None:
+    with torch.no_grad():
+        kernelized_attention(*_inputs(), feature_map=_map())
+    found = []
+    for _ in range(2):
+        inputs = [x.requires_grad_() for x in _inputs()]
+        out = kernelized_attention(*inputs, feature_map=_map())
+        found.append(torch.autograd.grad(out.square().sum(), inputs))
+        assert checked_on_cpu == ["checked"] * len(found)
+        eager._known.clear()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("turn", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
+@pytest.mark.parametrize("index", range(4))
+def test_other_layouts_are_refused_after_an_equal_call(
+    checked_on_cpu: list[str], turn: Callable[[torch.Tensor], torch.Tensor], index: int
+) -> None:
+    inputs = _inputs()
+    kernelized_attention(*inputs, feature_map=_map())
+    inputs[index] = turn(inputs[index])
+    name = ("query", "key", "value", "rpe_bias")[index]
+    with pytest.raises(ValueError, match=rf"Invalid layout of {name}: expected torch.strided, got .*to_dense"):
+        kernelized_attention(*inputs, feature_map=_map())

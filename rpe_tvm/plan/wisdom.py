@@ -187,5 +187,7 @@ def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int)
     if nearest.length == length:
         return nearest
     if nearest.algorithm == "direct":
-        return replace(nearest, length=length)
+        default = direct_config(num_features, head_dim, length, lanes)
+        # a tile that is right for many queries has more rows than a much shorter sequence
+        return default if 2 * length < nearest.length else replace(nearest, length=length)
     return replace(fft_config(target_id, num_features, head_dim, length, lanes), lanes=nearest.lanes)

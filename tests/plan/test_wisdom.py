@@ -38,6 +38,13 @@ def test_other_lengths_take_the_nearest_algorithm(logs):
     assert (far.algorithm, far.length, far.tile) == ("direct", 8192, (32, 64))
 
 
+def test_tiles_that_were_measured_are_not_those_of_much_shorter_lengths(monkeypatch):
+    measured = [wisdom.Wisdom(AttentionConfig(32, 64, 512, "direct", tile=(96, 64), lanes=8), 1.0, 2.0)]
+    monkeypatch.setattr(wisdom, "records", lambda target_id: measured)
+    tiles = [wisdom.choose("x86_64-invented", n, 32, 64, 8).tile for n in (64, 192, 256, 512, 640)]
+    assert tiles == [(32, 64), (48, 64), (96, 64), (96, 64), (96, 64)]
+
+
 def test_other_features_follow_the_rule(logs):
     assert wisdom.choose("x86_64-invented", 4096, 16, 64, 16).algorithm == "fft"
     assert wisdom.choose("x86_64-invented", 256, 16, 64, 16).algorithm == "direct"

@@ -75,7 +75,7 @@ _UNCHECKABLE = frozenset(
 _AVX2_CPU = "haswell"
 
 
-__all__ = ["AnyTarget", "TargetSpec", "detect", "preset", "to_tvm"]
+__all__ = ["AnyTarget", "TargetSpec", "detect", "has_avx512", "preset", "to_tvm"]
 
 AnyTarget = TargetSpec | GpuTargetSpec
 
@@ -161,6 +161,11 @@ def to_tvm(spec: AnyTarget) -> Target:
         if feature in _UNCHECKABLE or (feature in CPUINFO_FLAGS and CPUINFO_FLAGS[feature] not in allowed)
     )
     return _target(spec.mcpu, tuple(f"-{feature}" for feature in forbidden))
+
+
+def has_avx512(target: Target) -> bool:
+    """Whether the CPU of a target of TVM's has AVX-512."""
+    return "avx512f" in llvm.cpu_features(target)
 
 
 def _spec(mcpu: str, flags: frozenset[str]) -> TargetSpec:

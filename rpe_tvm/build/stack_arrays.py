@@ -15,7 +15,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import SBlock, Schedule
 
-from rpe_tvm import llvm
+from rpe_tvm.targets import has_avx512
 
 DEFAULT = "default"  # TVM's own pipeline
 _ON_THE_STACK = "rpe_tvm_on_the_stack"
@@ -23,9 +23,7 @@ _ON_THE_STACK = "rpe_tvm_on_the_stack"
 
 def pipeline_of(target: tvm.target.Target) -> str:
     """Return the name of the pipeline by which `compile_for` lowers functions for a target."""
-    if target.kind.name != "llvm" or "avx512f" in llvm.cpu_features(target):
-        return DEFAULT
-    return _ON_THE_STACK
+    return DEFAULT if target.kind.name != "llvm" or has_avx512(target) else _ON_THE_STACK
 
 
 def compile_for(mod: tvm.IRModule, target: tvm.target.Target) -> Any:

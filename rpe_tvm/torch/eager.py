@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from rpe_tvm.plan.gpu_direct import TensorCoreConfig
-from rpe_tvm.runtime import Instance, run
 from rpe_tvm.torch import operators
 from rpe_tvm.torch.cuda import Launch, Recorded, current_gpu, is_in_whole_pieces, launch, launch_recorded
-from rpe_tvm.torch.dispatch import get_gpu_operator, get_operator, when_forgotten
+from rpe_tvm.torch.dispatch import get_gpu_operator, when_forgotten
 from rpe_tvm.torch.feature_maps import FeatureMap
 from rpe_tvm.torch.plain import is_plain, records_gradients
 from rpe_tvm.torch.recorded import Forward, Tensors, recorded
@@ -90,19 +89,14 @@ def _find_on_gpu(tensors: Tensors, feature_map: str, is_causal: bool) -> tuple[F
 def _find_on_cpu(tensors: Tensors, feature_map: str, is_causal: bool) -> tuple[Forward, Forward] | None:
     if not all(map(_is_last_axis_contiguous, tensors[:3])):
         return None
-    instance = get_operator(max(tensors[0].shape[2], tensors[1].shape[2]), *tensors[4].shape)
+
+    def plain(given: Tensors) -> tuple[Tensor, None]:
+        return operators.attention_on_cpu(*given, feature_map, is_causal), None
 
     def keeping(given: Tensors) -> tuple[Tensor, Tensor | None]:
         return operators.recorded_on_cpu(*given, feature_map, is_causal)
 
-    return functools.partial(_on_cpu, instance, feature_map, is_causal), keeping
-
-
-def _on_cpu(instance: Instance, feature_map: str, is_causal: bool, tensors: Tensors) -> tuple[Tensor, None]:
-    out = operators.empty_output(tensors[0])
-    known = instance.functions, instance.config, instance.tables
-    run(*known, *tensors, out, feature_map=feature_map, is_causal=is_causal)
-    return out, None
+    return plain, keeping
 
 
 def _on_gpu(known: Launch | Recorded, tensors: Tensors) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from rpe_tvm.torch.devices import check_device
 from rpe_tvm.torch.feature_maps import COMPILED, FeatureMap, FeatureMapFunction
 from rpe_tvm.torch.padding import without_padding
 from rpe_tvm.torch.plain import is_plain, records_gradients
-from rpe_tvm.torch.recorded import Tensors, recorded
+from rpe_tvm.torch.recorded import recorded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,10 +113,7 @@ def _compiled(
             kernel = operators.attention_on_gpu if q.is_cuda else operators.attention_on_cpu
             return kernel(*tensors, feature_map, is_causal)
         if not q.is_cuda:
-
-            def forward(given: Tensors) -> tuple[Tensor, Tensor | None]:
-                return operators.recorded_on_cpu(*given, feature_map, is_causal)
-
+            forward = functools.partial(operators.recorded_on_cpu, feature_map, is_causal)
             return recorded(forward, tensors, feature_map, is_causal)
     return cast(Tensor, torch.ops.rpe_tvm.kernelized_attention(q, k, v, b, projection, feature_map, is_causal))
 

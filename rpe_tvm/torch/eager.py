@@ -93,10 +93,7 @@ def _find_on_cpu(tensors: Tensors, feature_map: str, is_causal: bool) -> tuple[F
     def plain(given: Tensors) -> tuple[Tensor, None]:
         return operators.attention_on_cpu(*given, feature_map, is_causal), None
 
-    def keeping(given: Tensors) -> tuple[Tensor, Tensor | None]:
-        return operators.recorded_on_cpu(*given, feature_map, is_causal)
-
-    return plain, keeping
+    return plain, functools.partial(operators.recorded_on_cpu, feature_map, is_causal)
 
 
 def _on_gpu(known: Launch | Recorded, tensors: Tensors) -> tuple[Tensor, Tensor | None]:

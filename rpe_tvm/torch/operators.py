@@ -153,17 +153,12 @@ def attention_on_cpu(
 
 
 def recorded_on_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpe_bias: Tensor,
-    projection: Tensor,
-    feature_map: str,
-    is_causal: bool,
+    feature_map: str, is_causal: bool, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """`attention_on_cpu`, and what the gradients take of it: its features, or nothing."""
+    query, key, *_, projection = tensors
     kept = kept_features(query, key, projection)
-    out = attention_on_cpu(query, key, value, rpe_bias, projection, feature_map, is_causal, kept)
+    out = attention_on_cpu(*tensors, feature_map, is_causal, kept)
     return out, None if kept is None else kept.both
 
 

@@ -209,27 +209,26 @@ def features(sch: Schedule, config: AttentionConfig, accumulators: int) -> None:
         sch.reorder(few, feature, lane)
         sch.vectorize(lane)
 
+    # each step for all positions of the task: a position's own chain, from its norm to its exponentials, is long
     activated = sch.get_sblock("activated")
     at_consumer(sch, activated, task)
-    vectors = -(-config.num_features // config.lanes)
-    vectors_inner = largest_divisor(vectors, 8)
-    i, vector, _ = sch.get_loops(activated)[-3:]
-    i_outer, i_inner = sch.split(i, [None, largest_divisor(tile[1], min(8, accumulators // vectors_inner))])
-    vector_outer, vector_inner = sch.split(vector, [None, vectors_inner])
-    sch.reorder(i_outer, vector_outer, i_inner, vector_inner)
     vectorize(sch, activated, unrolled=0)
-    scale = sch.get_sblock("scale")
-    at_consumer(sch, scale, i_outer)
-    norm, squares, logits = sch.get_sblock("norm"), sch.get_sblock("squares"), sch.get_sblock("logits")
-    at_consumer(sch, norm, i_outer)
-    at_consumer(sch, squares, i_outer)
+    scale, norm, squares = (sch.get_sblock(name) for name in ("scale", "norm", "squares"))
+    at_consumer(sch, scale, task)
+    at_consumer(sch, norm, task)
+    at_consumer(sch, squares, sch.get_loops(norm)[-2])
     i, lane, part = sch.get_loops(squares)[-3:]
     sch.reorder(part, i, lane)
     vectorize(sch, squares, unrolled=1)
     vectorize(sch, sch.decompose_reduction(squares, part), unrolled=1)
-    at_consumer(sch, logits, vector_outer)
+
+    logits = sch.get_sblock("logits")
+    at_consumer(sch, logits, task)
+    vectors_inner = largest_divisor(-(-config.num_features // config.lanes), 8)
     i, vector, lane, k = sch.get_loops(logits)[-4:]
-    sch.reorder(k, i, vector, lane)
+    i_outer, i = sch.split(i, [None, largest_divisor(tile[1], min(8, accumulators // vectors_inner))])
+    vector_outer, vector = sch.split(vector, [None, vectors_inner])
+    sch.reorder(i_outer, vector_outer, k, i, vector, lane)
     vectorize(sch, logits, unrolled=2)
     vectorize(sch, sch.decompose_reduction(logits, k), unrolled=2)
 

@@ -74,7 +74,7 @@ void Raise(void* error) {
 
 // A loop is cut into this many pieces for each thread, and a thread that has finished its own takes those of others: where
 // another program holds up one core, the others do more.
-constexpr int kPiecesPerThread = 8;
+constexpr int kPiecesPerThread = 16;
 
 // Hands out the tasks of one loop. Each thread has a range of its own, the same one in every loop of this length, so that
 // it finds in its cache what it worked on in the loop before; when it is through it takes tasks of others.

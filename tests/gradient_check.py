@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from rpe_tvm import reference
+from rpe_tvm.peers import fft_length
 from rpe_tvm.runtime import Instance
 
 
@@ -51,9 +52,11 @@ def _gradients_by_torch_fft(
     weights = torch.exp(bias - bias.detach().amax(-1, keepdim=True))
     if is_causal:
         weights = weights * (torch.arange(-(n_q - 1), n_k) <= 0)
-    # offset -s, for queries behind their keys by s, stands at s, and offset t > 0 at size - t
-    size = n_q + n_k - 1
-    spectrum = torch.fft.rfft(weights.flip(-1).roll(-(n_k - 1), -1))[..., None]
+    size = fft_length(n_q + n_k - 1)
+    between = weights.new_zeros(len(weights), size - (n_q + n_k - 1))
+    # the first column of the circulant matrix: offsets 0, -1, ..., zeros, and from n_k - 1 down to 1
+    column = torch.cat((weights[:, :n_q].flip(-1), between, weights[:, n_q:].flip(-1)), -1)
+    spectrum = torch.fft.rfft(column)[..., None]
 
     def toeplitz(x: torch.Tensor) -> torch.Tensor:
         full: torch.Tensor = torch.fft.irfft(torch.fft.rfft(x, size, dim=2) * spectrum, size, dim=2)

@@ -34,7 +34,9 @@ def check_gradients(instance: Instance, n_q: int, n_k: int, is_causal: bool = Fa
     by_torch = _gradients_by_torch_fft(q, k, v, b, g, is_causal)
     for name, x, plain, y in zip(want._fields, got, by_torch, want, strict=True):
         error, of_torch = (np.linalg.norm(gradient.numpy() - y) / np.linalg.norm(y) for gradient in (x, plain))
-        assert error < 2 * of_torch + 1e-6, (name, error, of_torch)
+        # tiles lose no digits to cancellation, as FFTs do where denominators are small
+        limit = 2 * of_torch + 1e-6 if config.algorithm == "fft" else 2e-6
+        assert error < limit, (name, error, of_torch)
 
 
 def _gradients_by_torch_fft(

@@ -32,12 +32,10 @@ def exp(x: Expr) -> Expr:
     bounded = tirx.Select(bounded < real(_ZERO), real(_ZERO), bounded)
     k = tirx.floor(bounded * real(math.log2(math.e)) + real(0.5))
     r = bounded - k * real(_LN2_HIGH) - k * real(_LN2_LOW)
-    # pairs of coefficients at once (Estrin): features wait for this chain of multiply-adds
-    square = r * r
-    series = real(0.0)
-    for first, second in zip(_POLYNOMIAL[::2], _POLYNOMIAL[1::2], strict=True):
-        series = series * square + (real(first) * r + real(second))
-    value = series * square + r + real(1.0)
+    series = real(_POLYNOMIAL[0])
+    for coefficient in _POLYNOMIAL[1:]:
+        series = series * r + real(coefficient)
+    value = series * r * r + r + real(1.0)
     # a NaN must not become an integer: its conversion is undefined
     exponent = tirx.Cast("int32", tirx.Select(x == x, k, real(0.0))) + tirx.const(127, "int32")
     power = tirx.reinterpret("float32", exponent << tirx.const(23, "int32"))

@@ -129,6 +129,25 @@ def pad_rows(sch: Schedule, config: AttentionConfig, block: Block, points: int) 
     sch.storage_align(block, 0, axis, points * line, line)
 
 
+def schedule_scores(sch: Schedule, config: AttentionConfig, choices: Choices, loop: Loop) -> None:
+    """Compute weighted scores of tiles under `loop`, those of a few queries and vectors of keys in registers."""
+    weighted = sch.get_sblock("weighted")
+    at_consumer(sch, weighted, loop)
+    i, j = sch.get_loops(weighted)[-2:]
+    i_outer, i_inner = tiled(sch, i, choices.score_rows, choices, largest=8)
+    j_outer, j_inner = sch.split(j, [None, choices.score_vectors * config.lanes])
+    sch.reorder(j_outer, i_outer, i_inner, j_inner)
+    scores = sch.get_sblock("scores")
+    at_consumer(sch, scores, i_outer)
+    i, j, feature = sch.get_loops(scores)[-3:]
+    j_vector, j_lane = sch.split(j, [None, config.lanes])
+    sch.reorder(feature, i, j_vector, j_lane)
+    vectorize(sch, scores, unrolled=2)
+    vectorize(sch, sch.decompose_reduction(scores, feature), unrolled=2)
+    j_vector, j_lane = sch.split(j_inner, [None, config.lanes])
+    vectorize(sch, weighted, unrolled=2)
+
+
 def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
     """Schedule `te.direct_attention`: parallel over (batch, head, query tile), one tile of keys after the other."""
     out = sch.get_sblock("out")
@@ -148,23 +167,9 @@ def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -
     sch.reorder(block, score_tile, rows_outer, rows_inner, vector, lane)
     for name in ("row_sum", "product"):
         at_consumer(sch, sch.get_sblock(name), rows_outer)
-    weighted = sch.get_sblock("weighted")
-    at_consumer(sch, weighted, score_tile)
-    i, j = sch.get_loops(weighted)[-2:]
-    i_outer, i_inner = tiled(sch, i, choices.score_rows, choices, largest=8)
-    j_outer, j_inner = sch.split(j, [None, choices.score_vectors * config.lanes])
-    sch.reorder(j_outer, i_outer, i_inner, j_inner)
-    scores = sch.get_sblock("scores")
-    at_consumer(sch, scores, i_outer)
     at_consumer(sch, sch.get_sblock("packed_value"), block)
 
-    i, j, feature = sch.get_loops(scores)[-3:]
-    j_vector, j_lane = sch.split(j, [None, config.lanes])
-    sch.reorder(feature, i, j_vector, j_lane)
-    vectorize(sch, scores, unrolled=2)
-    vectorize(sch, sch.decompose_reduction(scores, feature), unrolled=2)
-    j_vector, j_lane = sch.split(j_inner, [None, config.lanes])
-    vectorize(sch, weighted, unrolled=2)
+    schedule_scores(sch, config, choices, score_tile)
 
     product = sch.get_sblock("product")
     i, vector, lane, j = sch.get_loops(product)[-4:]

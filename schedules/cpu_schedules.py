@@ -18,6 +18,7 @@ from rpe_tvm.schedules import (
     cpu_direct_backward,
     cpu_features_backward,
     cpu_fft,
+    cpu_panels,
     cpu_toeplitz,
 )
 from rpe_tvm.schedules.cpu import Choices
@@ -63,7 +64,7 @@ class CpuSchedules:
             is_direct = config.algorithm == "direct"
             (cpu_direct_backward.direct_backward if is_direct else cpu_backward.fft_backward)(sch, config, choices)
         elif config.algorithm == "direct":
-            cpu.direct_attention(sch, config, choices)
+            (cpu_panels.panel_attention if config.panel else cpu.direct_attention)(sch, config, choices)
         else:
             cpu_fft.fft_attention(sch, config, choices)
 

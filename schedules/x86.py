@@ -15,14 +15,13 @@ def _avx512_choices(config: AttentionConfig) -> Choices:
 
 
 def _avx2_choices(config: AttentionConfig) -> Choices:
-    """8 or 12 accumulators, and the other registers for their operands.
+    """8 to 12 accumulators, and the other registers for their operands.
 
     Two loads begin in a cycle, as two products do: 8 scores take 6 or 9 loads, 12 take 8.
     """
-    vectors = cpu.largest_divisor(-(-config.head_dim // config.lanes), 4)
-    row_block = {1: 8, 2: 4, 3: 4}.get(vectors, 2)
-    score_rows = 6 if config.tile[0] % 6 == 0 else 4
-    return Choices(row_block=row_block, vectors=vectors, score_rows=score_rows, score_vectors=2)
+    rows = config.tile[0]
+    row_block = cpu.largest_divisor(rows, {1: 8, 2: 6, 3: 3, 4: 2, 5: 2}[config.panel])
+    return Choices(row_block=row_block, score_rows=6 if rows % 6 == 0 else 4, score_vectors=2)
 
 
 def _direct_choices(config: AttentionConfig) -> Choices:

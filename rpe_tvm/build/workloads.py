@@ -13,6 +13,7 @@ from rpe_tvm.te.direct_attention import direct_attention
 from rpe_tvm.te.direct_backward import direct_backward
 from rpe_tvm.te.fft_attention import fft_attention
 from rpe_tvm.te.fft_backward import fft_backward
+from rpe_tvm.te.panel_attention import panel_attention
 
 TUNING_HEADS = 4
 STRIDED = frozenset(("x", "value", "grad", "grad_out", "out", "grad_value"))
@@ -26,7 +27,8 @@ def function_of(config: AttentionConfig, sizes: shapes.Sizes) -> tvm.tirx.PrimFu
     if isinstance(config, BackwardConfig):
         arguments = (direct_backward if config.algorithm == "direct" else fft_backward)(config, sizes)
     else:
-        arguments = (direct_attention if config.algorithm == "direct" else fft_attention)(config, sizes)
+        direct = panel_attention if config.panel else direct_attention
+        arguments = (direct if config.algorithm == "direct" else fft_attention)(config, sizes)
     return relax_parameters(te.create_prim_func(arguments), STRIDED if sizes.is_symbolic else frozenset())
 
 

@@ -53,7 +53,7 @@ class Library:
     algorithm
         ``direct`` or ``fft``.
     columns, step
-        Last axis of feature buffers, and what positions are rounded up to.
+        Last axis of feature buffers, and what positions are rounded up to before they fill whole rows of it.
     schedule
         ``tuned`` or ``default``.
     file, tables

@@ -122,7 +122,7 @@ def _variant(
             files[path] = twiddles.tables(config).astype(np.dtype("<f4")).tobytes()
             tables = File.of(path, files[path])
         *_, columns = twiddles.feature_shape(config, 1, 1, 1, 1)
-        step = twiddles.padded_length(config, 1, 1)
+        step = twiddles.position_step(config)
         schedule = json.loads(files[added[1]])["schedule"]["source"]
         libraries.append(Library(config.length, config.algorithm, columns, step, schedule, library, tables))
         codes.append(files[added[0]])

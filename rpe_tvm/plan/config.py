@@ -77,6 +77,18 @@ class AttentionConfig:
             raise ValueError(f"Invalid algorithm: expected 'direct' or 'fft', got {self.algorithm!r}.")
 
     @property
+    def panel(self) -> int:
+        """Only for `direct`: vectors of channels in a panel of packed values; 0 where nothing is packed.
+
+        AVX2 packs; with 16 and with 4 lanes it has not been measured.
+        """
+        if self.lanes != 8:
+            return 0
+        vectors = -(-self.head_dim // self.lanes)
+        # of those whose sums fit into 16 registers the one that fills up the fewest vectors with zeros
+        return vectors if vectors < 3 else min((4, 5, 3), key=lambda panel: -vectors % panel)
+
+    @property
     def name(self) -> str:
         """Readable name of the compiled operator, one per bucket."""
         return f"attention-m{self.num_features}-d{self.head_dim}-n{self.length}"

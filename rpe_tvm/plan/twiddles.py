@@ -117,12 +117,21 @@ def fft_tables(config: Factorised) -> npt.NDArray[np.float32]:
     return out
 
 
-def padded_length(config: AttentionConfig, n_query: int, n_key: int) -> int:
-    """Return the number of positions that feature buffers have for these lengths."""
+def position_step(config: AttentionConfig) -> int:
+    """Return the step in which feature buffers have positions, before these are rounded up to whole rows."""
     if config.algorithm == "fft":
         return config.length
-    step = math.lcm(BLOCK, *config.tile)
-    return max(1, -(-max(n_query, n_key) // step)) * step
+    rows, keys = config.tile
+    # whole rows of 64 positions are whole tiles of keys that divide 64
+    return rows if BLOCK % keys == 0 else math.lcm(rows, keys)
+
+
+def padded_length(config: AttentionConfig, n_query: int, n_key: int) -> int:
+    """Return the number of positions that feature buffers have for these lengths: whole tiles and whole rows."""
+    step = position_step(config)
+    columns = step if config.algorithm == "fft" else BLOCK
+    positions = max(1, -(-max(n_query, n_key) // step)) * step
+    return -(-positions // columns) * columns
 
 
 def feature_shape(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> tuple[int, ...]:

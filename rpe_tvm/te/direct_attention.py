@@ -7,6 +7,8 @@ Source: Luo et al. 2021, Eq. 10, multiplied out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm import te, tirx
 
 from rpe_tvm.plan.config import AttentionConfig
@@ -14,6 +16,54 @@ from rpe_tvm.plan.twiddles import BLOCK
 from rpe_tvm.te import complex as cx
 from rpe_tvm.te.complex import Expr
 from rpe_tvm.te.shapes import Sizes, at_position, feature_buffer
+
+
+def arguments(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
+    """Return phi_q, phi_k, value, table and tables as `direct_attention` says."""
+    batch, heads, padded = sizes.batch, sizes.heads, sizes.blocks * BLOCK
+    return [
+        feature_buffer(config, sizes, "phi_q"),
+        feature_buffer(config, sizes, "phi_k"),
+        te.placeholder((batch, heads, sizes.n_key, cx.int64(config.head_dim)), cx.FLOAT, "value"),
+        te.placeholder((heads, 2 * padded), cx.FLOAT, "table"),
+        te.placeholder((cx.int64(1),), cx.FLOAT, "tables"),
+    ]
+
+
+def weighted_scores(
+    config: AttentionConfig,
+    sizes: Sizes,
+    tiles: tuple[Expr, Expr],
+    phi_q: te.Tensor,
+    key_at: Callable[..., Expr],
+    table: te.Tensor,
+) -> te.Tensor:
+    """Return exp(b) phi_q . phi_k by tiles of queries and keys; `key_at(b, h, feature, bj, j)` is of key j of a tile."""
+    (tile_q, tile_k), padded = config.tile, sizes.blocks * BLOCK
+    shape = (sizes.batch, sizes.heads, *tiles, tile_q, tile_k)
+    feature = te.reduce_axis((cx.int64(0), cx.int64(config.num_features)), "feature")
+    scores = cx.compute(
+        shape,
+        lambda b, h, bi, bj, i, j: te.sum(
+            at_position(phi_q, b, h, feature, bi * tile_q + i) * key_at(b, h, feature, bj, j), axis=feature
+        ),
+        "scores",
+    )
+    return cx.compute(
+        shape,
+        lambda b, h, bi, bj, i, j: (
+            scores[b, h, bi, bj, i, j] * table[h, padded + (bj * tile_k + j) - (bi * tile_q + i)]
+        ),
+        "weighted",
+    )
+
+
+def value_at(value: te.Tensor, channels: int, b: Expr, h: Expr, position: Expr, channel: Expr) -> Expr:
+    """Return one of `channels` channels of a value `[B, H, n_k, d]`, zero past channel d."""
+    _, _, n_key, d = value.shape
+    # past the end the last position again, whose weight is zero: a bound instead of a branch
+    element = value[b, h, tirx.min(position, n_key - 1), channel]
+    return element if int(d) == channels else tirx.if_then_else(channel < d, element, cx.real(0.0))
 
 
 def direct_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
@@ -24,7 +74,7 @@ def direct_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     config : AttentionConfig
         A `direct` config.
     sizes : Sizes
-        Batch, heads and lengths; `blocks * 64` is a multiple of both sides of the tile.
+        Batch, heads and lengths; `blocks * 64` positions hold whole tiles of queries and of keys.
 
     Returns
     -------
@@ -32,43 +82,23 @@ def direct_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
         phi_q and phi_k `[B, H, m, blocks, 64]` (both zero past the length), value `[B, H, n_k, d]`,
         table `[H, 2 * 64 * blocks]` (entry `64 * blocks + j - i`), tables (unused), out `[B, H, n_q, d]`.
     """
-    m, d, lanes = config.num_features, config.head_dim, config.lanes
+    d, lanes = config.head_dim, config.lanes
     tile_q, tile_k = config.tile
-    batch, heads, n_key, padded = sizes.batch, sizes.heads, sizes.n_key, sizes.blocks * BLOCK
-    phi_q = feature_buffer(config, sizes, "phi_q")
-    phi_k = feature_buffer(config, sizes, "phi_k")
-    value = te.placeholder((batch, heads, n_key, cx.int64(d)), cx.FLOAT, "value")
-    table = te.placeholder((heads, 2 * padded), cx.FLOAT, "table")
-    tables = te.placeholder((cx.int64(1),), cx.FLOAT, "tables")
+    batch, heads = sizes.batch, sizes.heads
     blocks_q = -(-config.length // tile_q)
-    blocks_k = (n_key + tile_k - 1) // tile_k
+    blocks_k = (sizes.n_key + tile_k - 1) // tile_k
     vectors = -(-d // lanes)
+    phi_q, phi_k, value, table, tables = arguments(config, sizes)
 
-    feature = te.reduce_axis((cx.int64(0), cx.int64(m)), "feature")
-    scores = cx.compute(
-        (batch, heads, blocks_q, blocks_k, tile_q, tile_k),
-        lambda b, h, bi, bj, i, j: te.sum(
-            at_position(phi_q, b, h, feature, bi * tile_q + i) * at_position(phi_k, b, h, feature, bj * tile_k + j),
-            axis=feature,
-        ),
-        "scores",
+    def key_at(b: Expr, h: Expr, feature: Expr, bj: Expr, j: Expr) -> Expr:
+        return at_position(phi_k, b, h, feature, bj * tile_k + j)
+
+    weighted = weighted_scores(config, sizes, (blocks_q, blocks_k), phi_q, key_at, table)
+    packed = cx.compute(
+        (batch, heads, blocks_k, tile_k, vectors, lanes),
+        lambda b, h, bj, j, vector, lane: value_at(value, vectors * lanes, b, h, bj * tile_k + j, vector * lanes + lane),
+        "packed_value",
     )
-    weighted = cx.compute(
-        (batch, heads, blocks_q, blocks_k, tile_q, tile_k),
-        lambda b, h, bi, bj, i, j: (
-            scores[b, h, bi, bj, i, j] * table[h, padded + (bj * tile_k + j) - (bi * tile_q + i)]
-        ),
-        "weighted",
-    )
-
-    def pack(b: Expr, h: Expr, bj: Expr, j: Expr, vector: Expr, lane: Expr) -> Expr:
-        # past the end the last position again, whose weight is zero: a bound instead of a branch
-        position, channel = tirx.min(bj * tile_k + j, n_key - 1), vector * lanes + lane
-        if vectors * lanes == d:
-            return value[b, h, position, channel]
-        return tirx.if_then_else(channel < d, value[b, h, position, channel], cx.real(0.0))
-
-    packed = cx.compute((batch, heads, blocks_k, tile_k, vectors, lanes), pack, "packed_value")
 
     j = te.reduce_axis((cx.int64(0), cx.int64(tile_k)), "j")
     product = cx.compute(

@@ -33,7 +33,7 @@ def direct_backward(config: BackwardConfig, sizes: Sizes) -> list[te.Tensor]:
     config : BackwardConfig
         A `direct` config.
     sizes : Sizes
-        Batch, heads and lengths; `blocks * 64` is a multiple of both sides of the tile.
+        Batch, heads and lengths; `blocks * 64` positions hold whole tiles of queries and of keys.
 
     Returns
     -------

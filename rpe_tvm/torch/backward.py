@@ -66,7 +66,8 @@ def _by_tiles(
     config, functions = instance.config, instance.functions
     batch, heads, n_q, _ = out.shape
     n_k = value.shape[2]
-    table = scratch_tensor("table", weight_table_shape(config, heads, n_q, n_k))
+    # the forward pass may have kept features of more positions than these tiles take
+    table = scratch_tensor("table", (heads, 2 * phi.query.shape[3:].numel()))
     functions["weights"](rpe_bias, n_q, n_k, int(is_causal), instance.tables, table)
     grad, out = last_axis_contiguous(grad_out), last_axis_contiguous(out)
     grad_bias = torch.empty((heads, n_q + n_k - 1))

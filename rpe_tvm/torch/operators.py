@@ -280,7 +280,7 @@ def attention_backward_on_cpu(
     projection = projection.contiguous()
     query, key = last_axis_contiguous(query), last_axis_contiguous(key)
     phi = feature_memory(instance.config, query.shape[0], query.shape[1], n_q, n_k)
-    if kept is not None and instance.config.algorithm == "direct" and kept.shape == phi.both.shape:
+    if kept is not None and instance.config.algorithm == "direct" and kept.shape[4] >= phi.both.shape[4]:
         phi = Sides(kept, kept[0], kept[1])
     else:
         features = instance.functions[f"features_{feature_map}"]

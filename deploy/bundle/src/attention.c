@@ -264,11 +264,13 @@ static float *take(block *self, int64_t size) {
   return self->data;
 }
 
+static int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+
 static int run(rpe_tvm_operator *self, const rpe_tvm_library *library, const kernels *k, const rpe_tvm_arguments *a) {
   static const float unused = 0;
   const int64_t longest = a->n_query > a->n_key ? a->n_query : a->n_key;
-  const int64_t padded = (longest + library->step - 1) / library->step * library->step;
   const int64_t m = self->bundle.num_features, d = self->bundle.head_dim, columns = library->columns;
+  const int64_t padded = round_up(round_up(longest, library->step), columns); /* whole tiles, then whole rows */
   const int64_t phi_shape[] = {a->batch, a->heads, m, padded / columns, columns};
   const int64_t fft_shape[] = {a->heads, 2, library->length, 2}, direct_shape[] = {a->heads, 2 * padded};
   const int64_t bias_shape[] = {a->heads, a->num_offsets}, projection_shape[] = {m, d};

@@ -20,7 +20,7 @@ static int read_library(const char *directory, const char *line, rpe_tvm_bundle 
     return rpe_tvm_fail("%s has a line that this host cannot read: %s", MANIFEST, line);
   }
   if (strcmp(target, bundle->variant) != 0) return 0;
-  if (library.length < 1 || library.columns < 1 || library.step < 1 || library.step % library.columns != 0) {
+  if (library.length < 1 || library.columns < 1 || library.step < 1) {
     return rpe_tvm_fail("%s has impossible sizes: %s", MANIFEST, line);
   }
   library.is_fft = strcmp(algorithm, "fft") == 0;

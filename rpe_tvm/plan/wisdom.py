@@ -189,6 +189,8 @@ def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int)
         return nearest
     if nearest.algorithm == "direct":
         default = direct_config(num_features, head_dim, length, lanes)
+        # with AVX2 rows fit the length: where the rule's tile was the best one, its tile for this length is better
+        is_ruled = lanes == 8 and nearest == direct_config(num_features, head_dim, nearest.length, lanes)
         # a tile that is right for many queries has more rows than a much shorter sequence
-        return default if 2 * length < nearest.length else replace(nearest, length=length)
+        return default if is_ruled or 2 * length < nearest.length else replace(nearest, length=length)
     return replace(fft_config(target_id, num_features, head_dim, length, lanes), lanes=nearest.lanes)

@@ -1,6 +1,7 @@
 """A config checks itself and survives JSON."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,15 @@ DIRECT = AttentionConfig(16, 40, 1000, "direct", tile=(64, 128))
 @pytest.mark.parametrize("config", [FFT, DIRECT])
 def test_json_round_trip(config):
     assert AttentionConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("d", "panel"), [(3, 1), (16, 2), (24, 3), (40, 5), (48, 3), (56, 4), (64, 4), (72, 3), (80, 5), (104, 5), (256, 4)]
+)
+def test_panels_fill_registers_with_few_zeros(d, panel):
+    config = AttentionConfig(16, d, 1000, "direct", tile=(48, 64), lanes=8)
+    assert config.panel == panel
+    assert replace(config, lanes=16).panel == replace(config, lanes=4).panel == 0
 
 
 def test_names_tell_what_it_is():

@@ -1,6 +1,7 @@
 """Tables are what the stages expect, and digit order is a permutation that radices define."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,3 +65,15 @@ def test_buffer_shapes():
     direct = AttentionConfig(32, 64, 1024, "direct", tile=(64, 128))
     assert twiddles.feature_shape(direct, 2, 3, 100, 129) == (2, 3, 32, 4, 64)
     assert twiddles.weight_table_shape(direct, 3, 1, 1) == (3, 256)
+
+
+@pytest.mark.parametrize("tile", [(48, 64), (54, 64), (60, 32), (128, 64), (48, 96), (64, 128)])
+def test_padding_is_whole_tiles_and_no_more_than_needed(tile):
+    config = AttentionConfig(32, 64, 2048, "direct", tile=tile)
+    for n in (0, 1, 63, 64, 65, 512, 1000, 1024, 1025, 2048):
+        padded = twiddles.padded_length(config, n, 1)
+        assert padded % 64 == 0
+        assert all(-(-n // side) * side <= padded for side in tile)
+        if 64 % tile[1] == 0:
+            assert padded < max(n, 1) + tile[0] + 64
+    assert twiddles.padded_length(replace(config, tile=(54, 64)), 1024, 1024) == 1088

@@ -45,6 +45,13 @@ def test_tiles_that_were_measured_are_not_those_of_much_shorter_lengths(monkeypa
     assert tiles == [(32, 64), (48, 64), (96, 64), (96, 64), (96, 64)]
 
 
+def test_rows_fit_the_length_where_the_measured_tile_is_that_of_the_rule(monkeypatch):
+    measured = [wisdom.Wisdom(wisdom.direct_config(32, 64, 1024, 8), 1.0, 2.0)]
+    monkeypatch.setattr(wisdom, "records", lambda target_id: measured)
+    tiles = [wisdom.choose("x86_64-invented", n, 32, 64, 8).tile for n in (512, 768, 1024, 1536)]
+    assert tiles == [(48, 64), (48, 64), (54, 64), (48, 64)]
+
+
 def test_other_features_follow_the_rule(logs):
     assert wisdom.choose("x86_64-invented", 4096, 16, 64, 16).algorithm == "fft"
     assert wisdom.choose("x86_64-invented", 256, 16, 64, 16).algorithm == "direct"

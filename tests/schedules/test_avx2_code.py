@@ -26,7 +26,10 @@ def _loops_of(config: AttentionConfig, name: str) -> list[Loop]:
     return innermost_loops(assembly_of(function, TARGET))
 
 
-@pytest.mark.parametrize(("m", "d", "length"), [(32, 64, 64), (32, 64, 512), (64, 64, 256), (32, 128, 256)])
+@pytest.mark.parametrize(
+    ("m", "d", "length"),
+    [(32, 64, 64), (32, 64, 128), (32, 64, 1024), (64, 64, 256), (32, 128, 256), (32, 40, 512), (16, 72, 256), (32, 256, 96)],
+)
 def test_tiles(m: int, d: int, length: int) -> None:
     loops = _loops_of(wisdom.direct_config(m, d, length, TARGET.lanes), "attention")
     products = [loop for loop in loops if loop.count(FUSED) >= 8]

@@ -16,6 +16,7 @@ from rpe_tvm import build, reference, runtime, targets
 from rpe_tvm.errors import DTypeError, ShapeError
 from rpe_tvm.peers import torch_fft_attention
 from rpe_tvm.plan import backward
+from rpe_tvm.plan.twiddles import feature_shape
 from rpe_tvm.runtime import operator as runtime_operator
 from rpe_tvm.torch import NPRF, PRF, core, gaussian_projection, kernelized_attention, operators, toeplitz_attention
 from rpe_tvm.torch.dispatch import get_backward
@@ -383,3 +384,22 @@ def test_an_exported_program_has_gradients():
     got, want = (torch.autograd.grad(call(*args).square().sum(), args) for call in (program, Attend()))
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_kept_features_of_more_positions(blocks):
+    """The forward pass may keep features of whole tiles of its own, past those of the gradients' tiles."""
+    args, grad_out = inputs(100, 70)
+    query, key, *_, projection = args
+    instance = get_backward(100, M, D)
+    assert instance.config.algorithm == "direct"
+    *shape, needed, columns = feature_shape(instance.config, 1, 4, 100, 70)
+    kept = torch.empty(2, *shape, needed + blocks, columns)
+    for x, phi in zip((query, key), kept, strict=True):
+        instance.functions["features_nprf"](x, projection, phi)
+    out = operators.attention_on_cpu(*args, "nprf", True)
+    with poisoned_memory():
+        plain = operators.attention_backward_on_cpu(grad_out, *args, out, "nprf", True, True)
+        found = operators.attention_backward_on_cpu(grad_out, *args, out, "nprf", True, True, kept)
+    for name, a, b in zip(NAMES, found, plain, strict=False):
+        assert torch.equal(a, b), name

@@ -7,18 +7,15 @@ from tvm.s_tir import Schedule
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules.cpu import Choices, at_consumer, largest_divisor, schedule_scores, tiled, vectorize
 
+# Up to this length every task packs all keys for itself, which is faster than one more parallel loop.
+PACKED_BY_TASKS = 128
+
 
 def panel_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
-    """Schedule `te.panel_attention`: packing first, then parallel over (batch, head, query tile).
+    """Schedule `te.panel_attention`: parallel over (batch, head, query tile), one tile of keys after the other.
 
     A panel of values passes all rows of a tile while it lies in L1.
     """
-    packed = [sch.get_sblock(name) for name in ("packed_keys", "packed_value")]
-    for block in packed:
-        sch.vectorize(sch.split(sch.get_loops(block)[-1], [None, config.lanes])[1])
-    sch.merge(*(sch.get_loops(block)[2] for block in packed))
-    sch.parallel(sch.fuse(*sch.get_loops(packed[0])[:3]))
-
     out = sch.get_sblock("out")
     b, h, i, channel = sch.get_loops(out)
     tile, _ = sch.split(i, [None, config.tile[0]])
@@ -49,3 +46,13 @@ def panel_attention(sch: Schedule, config: AttentionConfig, choices: Choices) ->
     for reduction, loop in ((product, j), (row_sum, part), (sums, block)):
         vectorize(sch, reduction, unrolled=2)
         vectorize(sch, sch.decompose_reduction(reduction, loop), unrolled=0 if reduction is sums else 2)
+
+    packed = [sch.get_sblock(name) for name in ("packed_keys", "packed_value")]
+    for block in packed:
+        sch.vectorize(sch.split(sch.get_loops(block)[-1], [None, config.lanes])[1])
+    if config.length <= PACKED_BY_TASKS:
+        for block in packed:
+            at_consumer(sch, block, task)
+    else:
+        sch.merge(*(sch.get_loops(block)[2] for block in packed))
+        sch.parallel(sch.fuse(*sch.get_loops(packed[0])[:3]))

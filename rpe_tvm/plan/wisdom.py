@@ -124,7 +124,7 @@ def direct_config(num_features: int, head_dim: int, length: int, lanes: int) -> 
     # 128 queries share a tile of keys and values where there are enough tiles for all threads
     tile = (128, 64) if length >= 512 else (64, 64)
     if lanes == 8:
-        # 16 registers sum scores of 6 queries; in a bucket of 64 LLVM would spill the sums of such tiles
+        # 16 registers sum scores of 6 queries; two tiles of 32 fill a bucket of 64
         rows = min((48, 54, 60), key=lambda rows: -length % rows)
         tile = (rows, 64) if length > 64 else (32, 64)
     return AttentionConfig(num_features, head_dim, length, "direct", tile=tile, lanes=lanes)

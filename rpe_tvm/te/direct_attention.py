@@ -38,7 +38,7 @@ def weighted_scores(
     key_at: Callable[..., Expr],
     table: te.Tensor,
 ) -> te.Tensor:
-    """Return exp(b) phi_q . phi_k by tiles of queries and keys; `key_at(b, h, feature, bj, j)` is of key j of a tile."""
+    """Return exp(b) phi_q . phi_k by tiles; `key_at(b, h, feature, bj, j)` is a feature of key j of a tile."""
     (tile_q, tile_k), padded = config.tile, sizes.blocks * BLOCK
     shape = (sizes.batch, sizes.heads, *tiles, tile_q, tile_k)
     feature = te.reduce_axis((cx.int64(0), cx.int64(config.num_features)), "feature")
@@ -96,7 +96,9 @@ def direct_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     weighted = weighted_scores(config, sizes, (blocks_q, blocks_k), phi_q, key_at, table)
     packed = cx.compute(
         (batch, heads, blocks_k, tile_k, vectors, lanes),
-        lambda b, h, bj, j, vector, lane: value_at(value, vectors * lanes, b, h, bj * tile_k + j, vector * lanes + lane),
+        lambda b, h, bj, j, vector, lane: value_at(
+            value, vectors * lanes, b, h, bj * tile_k + j, vector * lanes + lane
+        ),
         "packed_value",
     )
 

@@ -1,8 +1,8 @@
 """Kernelized attention with RPE by tiles, keys and values packed once for all queries: for vectors of AVX2.
 
-What `te.direct_attention` computes, with the same arguments. As in a matrix product the operands are packed in the order in
-which its innermost loops read them, values in panels of a few vectors of channels, whose sums fit into registers beside
-their operands.
+What `te.direct_attention` computes, with the same arguments. As in a matrix product the operands are packed in the
+order in which its innermost loops read them, values in panels of a few vectors of channels, whose sums fit into
+registers beside their operands.
 Source: Luo et al. 2021, Eq. 10, multiplied out.
 """
 

@@ -28,7 +28,16 @@ def _loops_of(config: AttentionConfig, name: str) -> list[Loop]:
 
 @pytest.mark.parametrize(
     ("m", "d", "length"),
-    [(32, 64, 64), (32, 64, 128), (32, 64, 1024), (64, 64, 256), (32, 128, 256), (32, 40, 512), (16, 72, 256), (32, 256, 96)],
+    [
+        (32, 64, 64),
+        (32, 64, 128),
+        (32, 64, 1024),
+        (64, 64, 256),
+        (32, 128, 256),
+        (32, 40, 512),
+        (16, 72, 256),
+        (32, 256, 96),
+    ],
 )
 def test_tiles(m: int, d: int, length: int) -> None:
     loops = _loops_of(wisdom.direct_config(m, d, length, TARGET.lanes), "attention")

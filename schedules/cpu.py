@@ -148,14 +148,19 @@ def schedule_scores(sch: Schedule, config: AttentionConfig, choices: Choices, lo
     vectorize(sch, weighted, unrolled=2)
 
 
-def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
-    """Schedule `te.direct_attention`: parallel over (batch, head, query tile), one tile of keys after the other."""
-    out = sch.get_sblock("out")
-    b, h, i, channel = sch.get_loops(out)
+def query_tiles(sch: Schedule, config: AttentionConfig) -> Loop:
+    """Make the output parallel over (batch, head, query tile); returns that loop."""
+    b, h, i, channel = sch.get_loops(sch.get_sblock("out"))
     tile, _ = sch.split(i, [None, config.tile[0]])
     task = sch.fuse(b, h, tile)
     sch.parallel(task)
     sch.vectorize(sch.split(channel, [None, config.lanes])[1])
+    return task
+
+
+def direct_attention(sch: Schedule, config: AttentionConfig, choices: Choices) -> None:
+    """Schedule `te.direct_attention`: parallel over (batch, head, query tile), one tile of keys after the other."""
+    task = query_tiles(sch, config)
     at_consumer(sch, sch.get_sblock("denominator"), task)
 
     sums = sch.get_sblock("sums")

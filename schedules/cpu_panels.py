@@ -5,7 +5,15 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from rpe_tvm.plan.config import AttentionConfig
-from rpe_tvm.schedules.cpu import Choices, at_consumer, largest_divisor, schedule_scores, tiled, vectorize
+from rpe_tvm.schedules.cpu import (
+    Choices,
+    at_consumer,
+    largest_divisor,
+    query_tiles,
+    schedule_scores,
+    tiled,
+    vectorize,
+)
 
 # Up to this length every task packs all keys for itself, which is faster than one more parallel loop.
 PACKED_BY_TASKS = 128
@@ -16,12 +24,7 @@ def panel_attention(sch: Schedule, config: AttentionConfig, choices: Choices) ->
 
     A panel of values passes all rows of a tile while it lies in L1.
     """
-    out = sch.get_sblock("out")
-    b, h, i, channel = sch.get_loops(out)
-    tile, _ = sch.split(i, [None, config.tile[0]])
-    task = sch.fuse(b, h, tile)
-    sch.parallel(task)
-    sch.vectorize(sch.split(channel, [None, config.lanes])[1])
+    task = query_tiles(sch, config)
     denominator = sch.get_sblock("denominator")
     at_consumer(sch, denominator, task)
     # in the memory of sums that are over it would keep these out of registers
@@ -48,11 +51,11 @@ def panel_attention(sch: Schedule, config: AttentionConfig, choices: Choices) ->
         vectorize(sch, sch.decompose_reduction(reduction, loop), unrolled=0 if reduction is sums else 2)
 
     packed = [sch.get_sblock(name) for name in ("packed_keys", "packed_value")]
-    for block in packed:
-        sch.vectorize(sch.split(sch.get_loops(block)[-1], [None, config.lanes])[1])
+    for operand in packed:
+        sch.vectorize(sch.split(sch.get_loops(operand)[-1], [None, config.lanes])[1])
     if config.length <= PACKED_BY_TASKS:
-        for block in packed:
-            at_consumer(sch, block, task)
+        for operand in packed:
+            at_consumer(sch, operand, task)
     else:
-        sch.merge(*(sch.get_loops(block)[2] for block in packed))
+        sch.merge(*(sch.get_loops(operand)[2] for operand in packed))
         sch.parallel(sch.fuse(*sch.get_loops(packed[0])[:3]))

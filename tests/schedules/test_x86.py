@@ -49,6 +49,14 @@ def test_direct(target, m, d):
     check(wisdom.direct_config(m, d, 256, target.lanes), target, 200, 131)
 
 
+@pytest.mark.parametrize(("n_q", "n_k"), [(200, 131), (70, 128), (1, 1)])
+@pytest.mark.parametrize("d", [16, 56, 72, 136])
+def test_panels(d, n_q, n_k):
+    """Panels of 2, 3 and 4 vectors, some with zeros; 3 and 6 panels share a row's 8 vectors of weights unevenly."""
+    length = 256 if n_q > 128 else 128  # packed before all tasks, and by each
+    check(wisdom.direct_config(8, d, length, AVX2.lanes), AVX2, n_q, n_k)
+
+
 @pytest.mark.parametrize("target", [AVX2, HERE], ids=lambda target: target.id)
 @pytest.mark.parametrize(
     ("m", "d", "outer", "inner"), [(32, 64, (8,), (8, 4)), (24, 40, (5,), (8, 2)), (5, 7, (3, 4), (4, 4))]
@@ -111,9 +119,10 @@ def test_sixteen_lanes_and_a_one_stage_split():
     [
         AttentionConfig(16, 16, 64, "fft", (8,), (8,), lanes=8),
         AttentionConfig(16, 16, 64, "direct", tile=(64, 64)),
+        AttentionConfig(16, 40, 256, "direct", tile=(54, 64), lanes=8),
         BackwardConfig(16, 16, 64, "fft", (8,), (8,), lanes=8),
     ],
-    ids=lambda config: f"{config.op} {config.algorithm}",
+    ids=lambda config: f"{config.op} {config.description}",
 )
 def test_design_spaces_have_decisions_and_replay(config):
     workload = tuning_workload(config)

@@ -41,7 +41,8 @@ class Choices:
     row_block : int
         Only `direct`: queries whose output rows are summed in registers.
     vectors : int
-        Only `direct`: vectors of channels of each of those rows that are summed in registers; divides their number.
+        Only `direct` without panels: vectors of channels of each of those rows that are summed in registers; divides
+        their number. With panels it is `AttentionConfig.panel`.
     score_rows, score_vectors : int
         Only `direct`: queries, and vectors of keys, whose scores are summed in registers.
     """

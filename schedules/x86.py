@@ -20,7 +20,7 @@ def _avx2_choices(config: AttentionConfig) -> Choices:
     Two loads begin in a cycle, as two products do: 8 scores take 6 or 9 loads, 12 take 8.
     """
     rows = config.tile[0]
-    row_block = cpu.largest_divisor(rows, {1: 8, 2: 6, 3: 3, 4: 2, 5: 2}[config.panel])
+    row_block = cpu.largest_divisor(rows, {1: 8, 2: 6, 3: 3}.get(config.panel, 2))
     return Choices(row_block=row_block, score_rows=6 if rows % 6 == 0 else 4, score_vectors=2)
 
 

@@ -128,10 +128,11 @@ def position_step(config: AttentionConfig) -> int:
 
 def padded_length(config: AttentionConfig, n_query: int, n_key: int) -> int:
     """Return the number of positions that feature buffers have for these lengths: whole tiles and whole rows."""
+    if config.algorithm == "fft":
+        return config.length
     step = position_step(config)
-    columns = step if config.algorithm == "fft" else BLOCK
     positions = max(1, -(-max(n_query, n_key) // step)) * step
-    return -(-positions // columns) * columns
+    return -(-positions // BLOCK) * BLOCK
 
 
 def feature_shape(config: AttentionConfig, batch: int, heads: int, n_query: int, n_key: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -102,6 +103,15 @@ def test_refusals(damaged: Path, programs: Path, tmp_path: Path, capsys: pytest.
     assert main(["verify", str(damaged)]) == 1
     captured = capsys.readouterr()
     assert said_by_verify in captured.out + captured.err
+
+
+@pytest.mark.parametrize("sizes", [(4, 15), (0, 16), (4, 0)], ids=str)
+def test_impossible_sizes(damaged: Path, programs: Path, tmp_path: Path, sizes: tuple[int, int]) -> None:
+    columns, step = sizes
+    edit(damaged, lambda text: re.sub(r" 16 fft \d+ 16 ", f" 16 fft {columns} {step} ", text))
+    case = write_case(tmp_path / "case", arguments(1, 1, 5, 5))
+    done = run(programs / "attention.c", damaged, case, tmp_path / "out", check=False)
+    assert done.returncode == 1 and "bundle.txt has impossible sizes: library x86_64-haswell 16 fft" in done.stderr
 
 
 def test_the_undamaged_one_runs(damaged: Path, programs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,10 +20,12 @@ static int read_library(const char *directory, const char *line, rpe_tvm_bundle 
     return rpe_tvm_fail("%s has a line that this host cannot read: %s", MANIFEST, line);
   }
   if (strcmp(target, bundle->variant) != 0) return 0;
-  if (library.length < 1 || library.columns < 1 || library.step < 1) {
+  library.is_fft = strcmp(algorithm, "fft") == 0;
+  /* the positions of an FFT are whole rows; tiles are rounded up to them */
+  if (library.length < 1 || library.columns < 1 || library.step < 1 ||
+      (library.is_fft && library.step % library.columns != 0)) {
     return rpe_tvm_fail("%s has impossible sizes: %s", MANIFEST, line);
   }
-  library.is_fft = strcmp(algorithm, "fft") == 0;
   if (bundle->num_libraries > 0 && library.length <= bundle->libraries[bundle->num_libraries - 1].length) {
     return rpe_tvm_fail("%s does not list its libraries by length.", MANIFEST);
   }

@@ -1,13 +1,15 @@
 """Bucket lengths: the transform lengths that operators are compiled for."""
 
 MIN_LENGTH = 64
+# From here on FFTs are the faster ones. Their time is the bucket's; that of tiles is the sequence's.
+_FFT_LENGTH = 1024
 
 
 def bucket_length(n: int) -> int:
     """Return the smallest bucket that holds `n` positions.
 
-    Buckets are 4, 5 and 6 times powers of two, so neighbours are at most 4/3 apart and every bucket
-    factors into the radices 2, 3, 4, 5 and 8. A Toeplitz product of a bucket's length P is the sum of a
+    Buckets are 4, 5 and 6 times powers of two, and above 1024 also 9 times, so neighbours are at most 4/3 apart, the
+    one after a power of two is close to it, and every bucket factors into the radices 2, 3, 4, 5 and 8. A Toeplitz product of a bucket's length P is the sum of a
     circulant and a skew-circulant product of length P (see `docs/operators.md`), which together are one cyclic
     convolution of N = 2 P >= 2 n - 1 points.
 
@@ -28,10 +30,11 @@ def bucket_length(n: int) -> int:
     """
     if n < 0:
         raise ValueError(f"Invalid length: expected n >= 0, got {n}.")
-    power = MIN_LENGTH // 4
-    while 6 * power < n:
+    power = MIN_LENGTH // 8
+    while 12 * power < n:
         power *= 2
-    return next(multiple * power for multiple in (4, 5, 6) if multiple * power >= n)
+    multiples = (8, 9, 10, 12) if n > _FFT_LENGTH else (8, 10, 12)
+    return next(multiple * power for multiple in multiples if multiple * power >= n)
 
 
 def neighbours(lowest: int, highest: int) -> list[int]:

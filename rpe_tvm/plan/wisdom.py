@@ -100,6 +100,10 @@ def greedy_radices(points: int, largest: int = max(RADICES)) -> tuple[int, ...] 
         while radix <= largest and points % radix == 0:
             radices.append(radix)
             points //= radix
+    if largest < max(RADICES) and radices[:1] == [3] and 4 in radices:
+        # measured on znver3: 3, 4, 9 and 17 % less time at 3072, 2304, 1152 and 4608
+        radices.remove(4)
+        radices.insert(0, 4)
     return tuple(radices) if points == 1 else None
 
 

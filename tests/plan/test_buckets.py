@@ -27,6 +27,11 @@ def test_neighbours_are_at_most_1_35_apart_and_factor_into_small_primes():
         assert longer == 1
 
 
+@pytest.mark.parametrize("power", [1024, 2048, 16384, 65536])
+def test_one_position_more_than_a_power_of_two_takes_an_eighth_more(power):
+    assert bucket_length(power) == power and bucket_length(power + 1) == 9 * power // 8
+
+
 def test_a_negative_length_is_refused():
     with pytest.raises(ValueError, match="expected n >= 0, got -1"):
         bucket_length(-1)

@@ -37,7 +37,7 @@ def logs(tmp_path, monkeypatch):
 def test_by_rule_tensor_cores_take_sixteen_bits(logs, dtype):
     config = gpu_choice.choose(1000, 32, 64, dtype)
     assert config == gpu_direct.choose(1000, 32, 64, dtype) and config.dtype == dtype
-    assert gpu_choice.bucket(1100, dtype) == 1280
+    assert gpu_choice.bucket(1100, dtype) == 1152
     for n, m, d in ((gpu_choice.LONGEST_DIRECT + 1, 32, 64), (1000, 32, 60), (1000, 32, 320), (1000, 1000, 64)):
         assert not gpu_choice.is_direct(n, m, d, dtype)
         assert gpu_choice.rule(n, m, d, dtype) == gpu.choose(n, m, d)

@@ -81,3 +81,5 @@ def test_radices_fit_the_registers_of_32_bit_arm():
         )
         assert max(small.outer + small.inner) <= 5 and max(large.outer + large.inner) == 8
     assert wisdom.factorisations(2048, 1, 5) == [((4, 4, 2), (4, 4, 4))]
+    assert wisdom.factorisations(2304, 1, 5) == [((4, 3, 4), (4, 3, 4))]
+    assert wisdom.greedy_radices(72, 5) == (4, 3, 3, 2) and wisdom.greedy_radices(72) == (8, 3, 3)

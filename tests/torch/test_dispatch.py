@@ -97,7 +97,7 @@ def test_one_operator_per_bucket_is_compiled_and_kept(machine):
     assert get_operator(1000, 16, 64) is not first
     assert machine.planned == [
         (TARGET.id, 1024, 32, 64),
-        (TARGET.id, 1280, 32, 64),
+        (TARGET.id, 1152, 32, 64),
         (TARGET.id, 1024, 16, 64),
     ]
     assert len(machine.compiled) == 3
@@ -193,7 +193,7 @@ def test_a_directory_of_artefacts_is_used_first(machine, shipped, monkeypatch, h
 
 def test_what_the_directory_lacks_is_compiled(machine, shipped):
     use_artefacts(shipped)
-    assert get_operator(1025, 32, 64).config.length == 1280
+    assert get_operator(1025, 32, 64).config.length == 1152
     assert get_operator(10, 32, 40).config.length == 64
     assert len(machine.compiled) == 2
 

@@ -8,10 +8,10 @@ _FFT_LENGTH = 1024
 def bucket_length(n: int) -> int:
     """Return the smallest bucket that holds `n` positions.
 
-    Buckets are 4, 5 and 6 times powers of two, and above 1024 also 9 times, so neighbours are at most 4/3 apart, the
-    one after a power of two is close to it, and every bucket factors into the radices 2, 3, 4, 5 and 8. A Toeplitz product of a bucket's length P is the sum of a
-    circulant and a skew-circulant product of length P (see `docs/operators.md`), which together are one cyclic
-    convolution of N = 2 P >= 2 n - 1 points.
+    Buckets are 4, 5 and 6 times powers of two, and above 1024 also 9 times. So neighbours are at most 4/3 apart, the
+    one after a power of two is close to it, and every bucket factors into the radices 2, 3, 4, 5 and 8. A Toeplitz
+    product of a bucket's length P is the sum of a circulant and a skew-circulant product of length P (see
+    `docs/operators.md`), which together are one cyclic convolution of N = 2 P >= 2 n - 1 points.
 
     Parameters
     ----------

@@ -24,6 +24,9 @@ EMULATED = "emulated"
 # znver3; their ratio is what counts).
 _RATES = {16: (95.0, 75.0), 8: (89.0, 57.0)}
 
+# Longer products of 8 lanes are made by parts (`schedules/cpu_parts.py`), one for each first radix of the columns.
+_LONGEST_WHOLE = 32768
+
 
 @dataclass(frozen=True)
 class Wisdom:
@@ -150,9 +153,18 @@ def fft_config(target_id: str, num_features: int, head_dim: int, length: int, la
     return AttentionConfig(num_features, head_dim, length, "fft", outer, inner, lanes=lanes)
 
 
+def forward_config(target_id: str, num_features: int, head_dim: int, length: int, lanes: int) -> AttentionConfig:
+    """Return `fft_config` for the forward pass: with AVX2 a long product has parts of an eighth, which fit into L2."""
+    config = fft_config(target_id, num_features, head_dim, length, lanes)
+    if largest_radix(target_id, lanes) == max(RADICES) or static_rates.rates(target_id) or length <= _LONGEST_WHOLE:
+        return config
+    inner, outer = factorisations(length // 8, 1, largest_radix(target_id, lanes))[0]
+    return replace(config, outer=(8, *outer), inner=inner)
+
+
 def rule(target_id: str, length: int, num_features: int, head_dim: int, lanes: int) -> AttentionConfig:
     """Return a config from cycles counted in compiled code, or from operation counts where there are none."""
-    found = fft_config(target_id, num_features, head_dim, length, lanes)
+    found = forward_config(target_id, num_features, head_dim, length, lanes)
     rates = static_rates.rates(target_id)
     if rates:
         direct = rates.direct(length, num_features, head_dim, lanes)
@@ -197,4 +209,4 @@ def choose(target_id: str, n: int, num_features: int, head_dim: int, lanes: int)
         is_ruled = lanes == 8 and nearest == direct_config(num_features, head_dim, nearest.length, lanes)
         # a tile that is right for many queries has more rows than a much shorter sequence
         return default if is_ruled or 2 * length < nearest.length else replace(nearest, length=length)
-    return replace(fft_config(target_id, num_features, head_dim, length, lanes), lanes=nearest.lanes)
+    return replace(forward_config(target_id, num_features, head_dim, length, lanes), lanes=nearest.lanes)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpe_tvm.plan import wisdom
+from rpe_tvm.plan import backward, wisdom
 from rpe_tvm.plan.buckets import bucket_length
 from rpe_tvm.plan.config import AttentionConfig
 
@@ -83,3 +83,11 @@ def test_radices_fit_the_registers_of_32_bit_arm():
     assert wisdom.factorisations(2048, 1, 5) == [((4, 4, 2), (4, 4, 4))]
     assert wisdom.factorisations(2304, 1, 5) == [((4, 3, 4), (4, 3, 4))]
     assert wisdom.greedy_radices(72, 5) == (4, 3, 3, 2) and wisdom.greedy_radices(72) == (8, 3, 3)
+
+
+@pytest.mark.parametrize("n", [32769, 65536, 100_000, 262_144])
+def test_a_long_product_of_avx2_has_parts_of_an_eighth(n):
+    config = wisdom.choose("x86_64-nobody-measured", n, 32, 64, 8)
+    assert config.outer[0] == 8 and max(config.outer[1:] + config.inner) <= 5
+    for other in (wisdom.choose("x86_64-nobody-measured", 32768, 32, 64, 8), backward.choose("x86_64-x", n, 32, 64, 8)):
+        assert max(other.outer + other.inner) <= 5

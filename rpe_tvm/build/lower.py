@@ -13,6 +13,7 @@ from tvm.s_tir import Schedule
 from rpe_tvm.build import records
 from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.build.shared_arrays import share_arrays
+from rpe_tvm.build.tile_ends import end_tiles
 from rpe_tvm.build.workloads import STRIDED, function_of, tuning_workload
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules.cpu_schedules import CpuSchedules
@@ -75,6 +76,6 @@ def tuned_function(config: AttentionConfig, target: TargetSpec) -> tuple[tvm.tir
     record = records.find(config, target.id, tuning_workload)
     if record is None:
         schedules_of(target.machine).default(sch, config)
-        return share_arrays(named(sch, config.op)), {"source": "default"}
+        return end_tiles(share_arrays(named(sch, config.op))), {"source": "default"}
     record.replay(sch)
-    return share_arrays(named(sch, config.op)), {"source": "tuned", **record.provenance}
+    return end_tiles(share_arrays(named(sch, config.op))), {"source": "tuned", **record.provenance}

@@ -57,6 +57,17 @@ def test_panels(d, n_q, n_k):
     check(wisdom.direct_config(8, d, length, AVX2.lanes), AVX2, n_q, n_k)
 
 
+def test_last_tiles_of_any_length():
+    config = wisdom.direct_config(8, 40, 192, AVX2.lanes)
+    operator = runtime.load(build.compile_operator(config, AVX2))
+    for n_q, n_k in [(n, 193 - n) for n in range(1, 193, 5)] + [(48, 64), (49, 65), (96, 128), (97, 129)]:
+        arrays = problem(config, n_q, n_k)
+        out = np.full(arrays[0].shape, np.nan, "f4")
+        operator(*arrays, out=out)
+        expected = reference.attention(*arrays)[2]
+        assert np.linalg.norm(out - expected) < 1e-6 * np.linalg.norm(expected), (n_q, n_k)
+
+
 @pytest.mark.parametrize("target", [AVX2, HERE], ids=lambda target: target.id)
 @pytest.mark.parametrize(
     ("m", "d", "outer", "inner"), [(32, 64, (8,), (8, 4)), (24, 40, (5,), (8, 2)), (5, 7, (3, 4), (4, 4))]

@@ -1,0 +1,68 @@
+"""The last tiles of queries and of keys are as long as what is left of the sequence."""
+
+from __future__ import annotations
+
+import pytest
+import tvm_ffi
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.sym import Analyzer
+
+from rpe_tvm.build.tile_ends import end_tiles
+from rpe_tvm.build.workloads import function_of
+from rpe_tvm.plan.config import AttentionConfig
+from rpe_tvm.schedules import x86
+from rpe_tvm.te import shapes
+
+
+def _scheduled(config: AttentionConfig) -> tirx.PrimFunc:
+    sch = Schedule(function_of(config, shapes.symbolic()))
+    x86.SCHEDULES.default(sch, config)
+    return sch.mod["main"]
+
+
+def _iterations(function: tirx.PrimFunc, n_query: int, n_key: int, task: int, block: int) -> set[int]:
+    """How often the loops that end with the sequence run, for one head."""
+    found = set()
+
+    def note(loop: tirx.For) -> None:
+        if not isinstance(loop.extent, tirx.Min):
+            return
+
+        def value(variable: tirx.Var) -> tirx.PrimExpr:
+            name = str(variable.name)
+            known = {"n_query": n_query, "n_key": n_key, "batch": 1, "heads": 1, "ax7": block}
+            return tirx.IntImm("int64", known.get(name, task))
+
+        found.add(int(Analyzer().simplify(tvm_ffi.structural_map(loop.extent, (tirx.Var, value)))))
+
+    tvm_ffi.structural_walk(function.body, (tirx.For, note))
+    return found
+
+
+@pytest.mark.parametrize("rows", [48, 54, 60])
+def test_loops_end_with_the_sequence(rows: int) -> None:
+    function = end_tiles(_scheduled(AttentionConfig(32, 64, 512, "direct", tile=(rows, 64), lanes=8)))
+    # 6 queries at once for scores, 2 for values; as many values as there are
+    assert _iterations(function, 500, 500, task=0, block=0) == {rows // 6, rows // 2, 64}
+    assert _iterations(function, rows + 17, 130, task=1, block=2) == {3, 9, 2}
+    assert _iterations(function, rows + 1, 65, task=1, block=1) == {1}
+
+
+def test_tiles_of_more_than_64_rows_end_by_shares_of_them() -> None:
+    function = end_tiles(_scheduled(AttentionConfig(32, 64, 512, "direct", tile=(96, 64), lanes=8)))
+    assert _iterations(function, 96 + 17, 65, task=1, block=1) == {1}
+    assert _iterations(function, 96 + 49, 512, task=1, block=0) == {2, 64}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AttentionConfig(16, 16, 64, "direct", tile=(64, 64)),  # 16 lanes have no panels
+        AttentionConfig(16, 16, 64, "fft", (8,), (8,), lanes=8),
+    ],
+    ids=lambda config: config.description,
+)
+def test_other_functions_stay_as_they_are(config: AttentionConfig) -> None:
+    function = _scheduled(config)
+    assert end_tiles(function).same_as(function)

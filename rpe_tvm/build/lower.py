@@ -13,7 +13,7 @@ from tvm.s_tir import Schedule
 from rpe_tvm.build import records
 from rpe_tvm.build.parameters import relax_parameters
 from rpe_tvm.build.shared_arrays import share_arrays
-from rpe_tvm.build.tile_ends import end_tiles
+from rpe_tvm.build.tile_ends import end_features, end_tiles
 from rpe_tvm.build.workloads import STRIDED, function_of, tuning_workload
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules.cpu_schedules import CpuSchedules
@@ -39,7 +39,8 @@ def preparing_functions(config: AttentionConfig, schedules: CpuSchedules) -> dic
         arguments = te.create_prim_func(features(config, shapes.symbolic(), feature_map))
         sch = Schedule(relax_parameters(arguments, STRIDED))
         schedules.features(sch, config)
-        functions[f"features_{feature_map}"] = named(sch, f"features_{feature_map}")
+        function = named(sch, f"features_{feature_map}")
+        functions[f"features_{feature_map}"] = end_features(function) if config.algorithm == "direct" else function
     weights = (direct_weights if config.algorithm == "direct" else fft_weights)(config, shapes.symbolic())
     sch = Schedule(relax_parameters(te.create_prim_func(weights), frozenset()))
     schedules.weights(sch, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from tvm.sym import Analyzer
 from rpe_tvm.te.complex import Expr, int64
 
 Loops = tuple[tirx.For, ...]
+Blocks = dict[str, tuple[SBlockRealize, Loops]]  # by name, each with the loops around it
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,17 @@ class _Tile:
     argument: int
 
 
-_VALUE, _OUT = 2, -1
-# The blocks of `te.panel_attention` that take the time; others are under the same loops, or cheap.
-_TILES = {
+_X, _VALUE, _OUT = 0, 2, -1
+# The blocks that take the time; others are under the same loops, or cheap.
+_OF_PANELS = {
     "weighted": _Tile(tile=2, position=4, argument=_OUT),
     "sums_update": _Tile(tile=2, position=4, argument=_OUT),
     "product_update": _Tile(tile=3, position=8, argument=_VALUE),
 }
 _ONLY_OF_PANELS = "packed_keys"
+_OF_FEATURES = {
+    name: _Tile(tile=2, position=3, argument=_X) for name in ("norm", "scale", "logits_update", "activated")
+}
 
 
 def end_tiles(function: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -41,10 +45,17 @@ def end_tiles(function: tirx.PrimFunc) -> tirx.PrimFunc:
     Within a tile, the outermost loop over its queries or over its values ends with the sequence, whatever the schedule
     has made of them. Nobody reads what is left out. All other functions are returned as they are.
     """
-    blocks = {str(realize.block.name_hint): (realize, loops) for realize, loops in _blocks(function.body, ())}
-    if _ONLY_OF_PANELS not in blocks:
-        return function
-    ends = dict(end for name, tile in _TILES.items() for end in _ends(function, *blocks[name], tile))
+    blocks = _blocks(function.body, ())
+    return _ended(function, blocks, _OF_PANELS) if _ONLY_OF_PANELS in blocks else function
+
+
+def end_features(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Return scheduled `te.features` of a `direct` config that compute no more positions than there are."""
+    return _ended(function, _blocks(function.body, ()), _OF_FEATURES)
+
+
+def _ended(function: tirx.PrimFunc, blocks: Blocks, tiles: Mapping[str, _Tile]) -> tirx.PrimFunc:
+    ends = dict(end for name, tile in tiles.items() for end in _ends(function, *blocks[name], tile))
 
     def ended(loop: tirx.For) -> tirx.For:
         extent = ends.get(loop.loop_var)
@@ -55,15 +66,14 @@ def end_tiles(function: tirx.PrimFunc) -> tirx.PrimFunc:
     return function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, ended)))
 
 
-def _blocks(statement: Any, loops: Loops) -> list[tuple[SBlockRealize, Loops]]:
-    """Return all blocks, each with the loops around it."""
+def _blocks(statement: Any, loops: Loops) -> Blocks:
     if isinstance(statement, tirx.For):
         return _blocks(statement.body, (*loops, statement))
     if isinstance(statement, tirx.SeqStmt):
-        return [found for each in statement.seq for found in _blocks(each, loops)]
+        return {name: found for each in statement.seq for name, found in _blocks(each, loops).items()}
     if isinstance(statement, SBlockRealize):
-        return [(statement, loops), *_blocks(statement.block.body, loops)]
-    return []
+        return {str(statement.block.name_hint): (statement, loops), **_blocks(statement.block.body, loops)}
+    return {}
 
 
 def _ends(
@@ -83,7 +93,9 @@ def _ends(
     step = Analyzer().simplify(_with({**first, loop.loop_var: int64(1)}, position))
     length = function.params[axes.argument].shape[2]
     left = length - tile * realize.block.iter_vars[axes.position].dom.extent
-    yield loop.loop_var, Analyzer().simplify(tirx.min(loop.extent, tirx.floordiv(left + step - 1, step)))
+    # never negative: features have whole blocks past the end
+    needed = tirx.max(tirx.floordiv(left + step - 1, step), int64(0))
+    yield loop.loop_var, Analyzer().simplify(tirx.min(loop.extent, needed))
 
 
 def _with(values: dict[tirx.Var, Expr], expression: Expr) -> Expr:

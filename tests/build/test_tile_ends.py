@@ -8,6 +8,7 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.sym import Analyzer
 
+from rpe_tvm.build.lower import preparing_functions
 from rpe_tvm.build.tile_ends import end_tiles
 from rpe_tvm.build.workloads import function_of
 from rpe_tvm.plan.config import AttentionConfig
@@ -26,12 +27,12 @@ def _iterations(function: tirx.PrimFunc, n_query: int, n_key: int, task: int, bl
     found = set()
 
     def note(loop: tirx.For) -> None:
-        if not isinstance(loop.extent, tirx.Min):
+        if not isinstance(loop.extent, tirx.Min | tirx.Max):
             return
 
         def value(variable: tirx.Var) -> tirx.PrimExpr:
             name = str(variable.name)
-            known = {"n_query": n_query, "n_key": n_key, "batch": 1, "heads": 1, "ax7": block}
+            known = {"n_query": n_query, "n_key": n_key, "batch": 1, "heads": 1, "blocks": 9, "ax7": block}
             return tirx.IntImm("int64", known.get(name, task))
 
         found.add(int(Analyzer().simplify(tvm_ffi.structural_map(loop.extent, (tirx.Var, value)))))
@@ -53,6 +54,17 @@ def test_tiles_of_more_than_64_rows_end_by_shares_of_them() -> None:
     function = end_tiles(_scheduled(AttentionConfig(32, 64, 512, "direct", tile=(96, 64), lanes=8)))
     assert _iterations(function, 96 + 17, 65, task=1, block=1) == {1}
     assert _iterations(function, 96 + 49, 512, task=1, block=0) == {2, 64}
+
+
+@pytest.mark.parametrize("feature_map", ["prf", "nprf"])
+def test_features_end_with_the_sequence(feature_map: str) -> None:
+    config = AttentionConfig(32, 64, 512, "direct", tile=(48, 64), lanes=8)
+    function = preparing_functions(config, x86.SCHEDULES)[f"features_{feature_map}"]
+    # one position at once, and two for the logits
+    assert _iterations(function, 512, 0, task=7, block=0) == {64, 32}
+    assert _iterations(function, 467, 0, task=7, block=0) == {19, 10}
+    assert _iterations(function, 512, 0, task=8, block=0) == {0}
+    assert _iterations(function, 440, 0, task=7, block=0) == {0}
 
 
 @pytest.mark.parametrize(

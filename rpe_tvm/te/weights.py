@@ -50,6 +50,9 @@ def _inputs(sizes: Sizes) -> tuple[te.Tensor, Expr]:
 def direct_weights(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     """Return the arguments of the weight table of `direct`: entry `t + width / 2` of the table is c[t].
 
+    Entry 0, an offset that no pair of positions has, is `causal`: tiles of keys after all of their queries have no
+    weight, and `build.tile_ends` skips them.
+
     Returns
     -------
     list
@@ -59,7 +62,11 @@ def direct_weights(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     weight = _exp_bias(sizes, bias, causal)
     tables = te.placeholder((cx.int64(1),), cx.FLOAT, "tables")
     width = te.var("width", "int64") if sizes.is_symbolic else 2 * BLOCK * sizes.blocks
-    table = te.compute((sizes.heads, width), lambda h, u: weight(h, u - width // 2), name="table")
+    table = te.compute(
+        (sizes.heads, width),
+        lambda h, u: tirx.Select(u == 0, causal.astype(cx.FLOAT), weight(h, u - width // 2)),
+        name="table",
+    )
     return [bias, sizes.n_query, sizes.n_key, causal, tables, table]
 
 

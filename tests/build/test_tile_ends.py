@@ -11,6 +11,7 @@ from tvm.sym import Analyzer
 from rpe_tvm.build.lower import preparing_functions
 from rpe_tvm.build.tile_ends import end_tiles
 from rpe_tvm.build.workloads import function_of
+from rpe_tvm.plan.backward import BackwardConfig
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules import x86
 from rpe_tvm.te import shapes
@@ -22,20 +23,23 @@ def _scheduled(config: AttentionConfig) -> tirx.PrimFunc:
     return sch.mod["main"]
 
 
+def _at(extent: tirx.PrimExpr, n_query: int, n_key: int, task: int, block: int = 0) -> int:
+    known = {"n_query": n_query, "n_key": n_key, "batch": 1, "heads": 1, "blocks": 9, "ax7": block}
+    known |= {"ax3_0": 0, "ax4_0": 0}  # the first 64 rows of larger tiles, or fewer
+
+    def value(variable: tirx.Var) -> tirx.PrimExpr:
+        return tirx.IntImm("int64", known.get(str(variable.name), task))
+
+    return int(Analyzer().simplify(tvm_ffi.structural_map(extent, (tirx.Var, value))))
+
+
 def _iterations(function: tirx.PrimFunc, n_query: int, n_key: int, task: int, block: int) -> set[int]:
     """How often the loops that end with the sequence run, for one head."""
     found = set()
 
     def note(loop: tirx.For) -> None:
-        if not isinstance(loop.extent, tirx.Min | tirx.Max):
-            return
-
-        def value(variable: tirx.Var) -> tirx.PrimExpr:
-            name = str(variable.name)
-            known = {"n_query": n_query, "n_key": n_key, "batch": 1, "heads": 1, "blocks": 9, "ax7": block}
-            return tirx.IntImm("int64", known.get(name, task))
-
-        found.add(int(Analyzer().simplify(tvm_ffi.structural_map(loop.extent, (tirx.Var, value)))))
+        if isinstance(loop.extent, tirx.Min | tirx.Max):
+            found.add(_at(loop.extent, n_query, n_key, task, block))
 
     tvm_ffi.structural_walk(function.body, (tirx.For, note))
     return found
@@ -50,10 +54,31 @@ def test_loops_end_with_the_sequence(rows: int) -> None:
     assert _iterations(function, rows + 1, 65, task=1, block=1) == {1}
 
 
-def test_tiles_of_more_than_64_rows_end_by_shares_of_them() -> None:
+def test_tiles_of_more_than_64_rows() -> None:
     function = end_tiles(_scheduled(AttentionConfig(32, 64, 512, "direct", tile=(96, 64), lanes=8)))
-    assert _iterations(function, 96 + 17, 65, task=1, block=1) == {1}
-    assert _iterations(function, 96 + 49, 512, task=1, block=0) == {2, 64}
+    assert _iterations(function, 96 + 17, 65, task=1, block=1) == {1, 3, 9}
+    assert _iterations(function, 96 + 49, 512, task=1, block=0) == {2, 8, 24, 64}
+
+
+def test_tiles_without_panels() -> None:
+    function = end_tiles(_scheduled(AttentionConfig(32, 64, 512, "direct", tile=(128, 64), lanes=16)))
+    assert _iterations(function, 128 + 17, 512, task=1, block=0) == {1, 5, 9}
+    assert _iterations(function, 128 + 65, 512, task=1, block=0) == {2, 16, 32}
+
+
+@pytest.mark.parametrize(("tile", "blocks"), [(0, 1), (1, 2), (2, 3), (9, 8)])
+def test_causal_tiles_end_with_their_last_query(tile: int, blocks: int) -> None:
+    function = end_tiles(_scheduled(AttentionConfig(32, 64, 512, "direct", tile=(48, 64), lanes=8)))
+    extents = []
+
+    def note(loop: tirx.For) -> None:
+        if isinstance(loop.extent, tirx.Select):
+            extents.append(loop.extent)
+
+    tvm_ffi.structural_walk(function.body, (tirx.For, note))
+    (extent,) = extents
+    assert _at(extent.true_value, n_query=512, n_key=500, task=tile) == blocks
+    assert _at(extent.false_value, n_query=512, n_key=500, task=tile) == 8
 
 
 @pytest.mark.parametrize("feature_map", ["prf", "nprf"])
@@ -70,10 +95,10 @@ def test_features_end_with_the_sequence(feature_map: str) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        AttentionConfig(16, 16, 64, "direct", tile=(64, 64)),  # 16 lanes have no panels
         AttentionConfig(16, 16, 64, "fft", (8,), (8,), lanes=8),
+        BackwardConfig(16, 16, 64, "direct", tile=(64, 64), lanes=8),
     ],
-    ids=lambda config: config.description,
+    ids=lambda config: config.op,
 )
 def test_other_functions_stay_as_they_are(config: AttentionConfig) -> None:
     function = _scheduled(config)

@@ -80,7 +80,8 @@ def direct_attention(config: AttentionConfig, sizes: Sizes) -> list[te.Tensor]:
     -------
     list of te.Tensor
         phi_q and phi_k `[B, H, m, blocks, 64]` (both zero past the length), value `[B, H, n_k, d]`,
-        table `[H, 2 * 64 * blocks]` (entry `64 * blocks + j - i`), tables (unused), out `[B, H, n_q, d]`.
+        table `[H, 2 * 64 * blocks]` (entry `64 * blocks + j - i`, see `te.weights`), tables (unused),
+        out `[B, H, n_q, d]`.
     """
     d, lanes = config.head_dim, config.lanes
     tile_q, tile_k = config.tile

@@ -11,9 +11,9 @@ from tvm import te
 from tvm.s_tir import Schedule
 
 from rpe_tvm.build import records
+from rpe_tvm.build.finish import finish
 from rpe_tvm.build.parameters import relax_parameters
-from rpe_tvm.build.shared_arrays import share_arrays
-from rpe_tvm.build.tile_ends import end_features, end_tiles
+from rpe_tvm.build.tile_ends import end_features
 from rpe_tvm.build.workloads import STRIDED, function_of, tuning_workload
 from rpe_tvm.plan.config import AttentionConfig
 from rpe_tvm.schedules.cpu_schedules import CpuSchedules
@@ -77,6 +77,6 @@ def tuned_function(config: AttentionConfig, target: TargetSpec) -> tuple[tvm.tir
     record = records.find(config, target.id, tuning_workload)
     if record is None:
         schedules_of(target.machine).default(sch, config)
-        return end_tiles(share_arrays(named(sch, config.op))), {"source": "default"}
+        return finish(named(sch, config.op)), {"source": "default"}
     record.replay(sch)
-    return end_tiles(share_arrays(named(sch, config.op))), {"source": "tuned", **record.provenance}
+    return finish(named(sch, config.op)), {"source": "tuned", **record.provenance}

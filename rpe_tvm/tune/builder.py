@@ -14,16 +14,15 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from rpe_tvm.build import link
-from rpe_tvm.build.shared_arrays import share_arrays
+from rpe_tvm.build.finish import finish
 from rpe_tvm.build.stack_arrays import compile_for
-from rpe_tvm.build.tile_ends import end_tiles
 
 BUILD_TIMEOUT = 180.0
 
 
 def build_function(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     """Compile a scheduled module; workers call it by reference."""
-    return compile_for(tvm.IRModule({"main": end_tiles(share_arrays(mod["main"]))}), target)
+    return compile_for(tvm.IRModule({"main": finish(mod["main"])}), target)
 
 
 def export_function(module: Any, machine: str = "") -> str:
